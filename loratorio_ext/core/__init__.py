@@ -1,0 +1,46 @@
+"""The mathematics of LoRAtorio as pure tensor functions: no host, no I/O, no global state.
+
+Shapes: ``N`` LoRAs, ``B`` images (or prompt rows), ``C`` latent channels, ``H x W`` latent pixels,
+``h x w`` patches of ``patch_size`` latent pixels (``h = ceil(H / patch_size)``).
+"""
+
+from loratorio_ext.core.composition import (
+    adaptive_temperature,
+    compose,
+    recenter,
+    relative_similarity,
+    softmin_weights,
+)
+from loratorio_ext.core.methods import (
+    METHODS,
+    ComposedStep,
+    Composite,
+    LoRAtorio,
+    Merge,
+    Method,
+    Plan,
+    Predictions,
+    Switch,
+)
+from loratorio_ext.core.patches import patch_similarity, upsample_weights
+from loratorio_ext.core.selection import top_k_mask
+
+__all__ = [
+    "METHODS",
+    "ComposedStep",
+    "Composite",
+    "LoRAtorio",
+    "Merge",
+    "Method",
+    "Plan",
+    "Predictions",
+    "Switch",
+    "adaptive_temperature",
+    "compose",
+    "patch_similarity",
+    "recenter",
+    "relative_similarity",
+    "softmin_weights",
+    "top_k_mask",
+    "upsample_weights",
+]

@@ -1,0 +1,64 @@
+"""Weights from similarities, and sums from weights (paper, sections on composition and re-centred guidance)."""
+
+import torch
+from torch import Tensor
+
+from loratorio_ext.core.selection import top_k_mask
+
+MIN_TEMPERATURE = 1e-6
+"""Below any spread of similarities that float32 resolves: keeps SoftMin of equal scores an equal split."""
+
+
+def softmin_weights(
+    similarity: Tensor, temperature: float | Tensor, top_k: int | None = None, scope: str = "image"
+) -> Tensor:
+    """SoftMin over the LoRAs (paper: Omega): the more a LoRA diverges from the base, the more weight it has.
+
+    ``[N, B, h, w] -> [N, B, h, w]``, summing to 1 over N. ``temperature`` is a number or broadcasts to one LoRA's
+    ``[B, h, w]``; large ones tend to the plain mean, small ones to winner-takes-all. LoRAs outside the ``top_k``
+    (see `top_k_mask`) get weight 0.
+    """
+    if not isinstance(temperature, Tensor) and not temperature > 0:
+        raise ValueError(f"temperature must be greater than 0, got {temperature}")
+    chosen = top_k_mask(similarity, top_k, scope)
+    similarity = similarity.float()
+    lowest = similarity.masked_fill(~chosen, torch.inf).amin(dim=0, keepdim=True)
+    logits = (lowest - similarity) / temperature
+    return logits.masked_fill(~chosen, -torch.inf).softmax(dim=0)
+
+
+def relative_similarity(similarity: Tensor, gamma: float) -> Tensor:
+    """Divergence measured against the LoRA's own mean over the image, negated so that SoftMin applies unchanged.
+
+    ``-r = -d / mean_k(d)**gamma`` with ``d = 1 - similarity``; ``[N, B, h, w] -> [N, B, h, w]``. ``gamma`` 0 is the
+    paper's rule (up to a constant), 1 makes a LoRA that changes everything no louder than one that changes a
+    corner. A LoRA that diverges nowhere gives zeros.
+    """
+    divergence = 1 - similarity.float()
+    mean = divergence.mean(dim=(-2, -1), keepdim=True).clamp(min=0)
+    silent = mean == 0
+    scale = torch.where(silent, torch.ones_like(mean), mean).pow(gamma)
+    return torch.where(silent, torch.zeros_like(divergence), -divergence / scale)
+
+
+def adaptive_temperature(score: Tensor, kappa: float) -> Tensor:
+    """``kappa`` times the spread of scores: population standard deviation over N, averaged over an image's patches.
+
+    ``[N, B, h, w] -> [B, 1, 1]``, never zero. Similarities spread a thousandfold more in late steps than in early
+    ones; this keeps the sharpness of SoftMin the same in all of them.
+    """
+    spread = score.float().std(dim=0, correction=0).mean(dim=(-2, -1), keepdim=True)
+    return (kappa * spread).clamp(min=MIN_TEMPERATURE)
+
+
+def compose(predictions: Tensor, weights: Tensor) -> Tensor:
+    """The weighted sum over LoRAs, per pixel: ``[N, B, C, H, W]``, ``[N, B, H, W] -> [B, C, H, W]``.
+
+    Weights sum to 1, so this serves noise, v and x0 predictions of one noisy latent alike.
+    """
+    return (weights.unsqueeze(2) * predictions.float()).sum(dim=0).to(predictions.dtype)
+
+
+def recenter(base_uncond: Tensor, composed_uncond: Tensor, base_share: float) -> Tensor:
+    """Re-centred guidance: ``lambda * base + (1 - lambda) * composed`` unconditional score, ``[B, C, H, W]`` each."""
+    return base_share * base_uncond + (1 - base_share) * composed_uncond

@@ -1,0 +1,25 @@
+"""Errors that reach the user. WebUIs build an API response from an exception's ``status_code`` and ``detail``."""
+
+
+class LoRAtorioError(Exception):
+    """A composition that cannot happen, and why, in words for the user. ``status_code`` is the HTTP status."""
+
+    status_code = 500
+
+    def __init__(self, message: str):
+        super().__init__(message)
+        # Hosts look into the instance's own attributes only.
+        self.status_code = type(self).status_code
+        self.detail = message
+
+
+class SettingsError(LoRAtorioError, ValueError):
+    """A bad option value. The message names the field, the value, and what is allowed."""
+
+    status_code = 422
+
+
+class UnsupportedError(LoRAtorioError):
+    """A model, a host feature or a LoRA that cannot be composed."""
+
+    status_code = 422

@@ -1,0 +1,317 @@
+"""The one table of options. UI, API, infotext, paste-back and command line are derived from it.
+
+Importing this module needs no host and no torch.
+"""
+
+import difflib
+import math
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, make_dataclass, replace
+from typing import Any
+
+from loratorio_ext.errors import SettingsError
+
+INFOTEXT_PREFIX = "LoRAtorio"
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option: what it may be, what it is without being set, and how to explain it.
+
+    ``low`` and ``high`` are inclusive; ``choices`` are the allowed names of a text option; ``methods`` are the
+    methods that use it (empty: all), others ignore it and the UI hides it.
+    """
+
+    name: str
+    default: Any
+    label: str
+    help: str
+    group: str
+    low: float | None = None
+    high: float | None = None
+    step: float | None = None
+    choices: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> type:
+        return type(self.default)
+
+    @property
+    def infotext_key(self) -> str:
+        return f"{INFOTEXT_PREFIX} {self.name.replace('_', ' ')}"
+
+    @property
+    def allowed(self) -> str:
+        """What a value must be, in words."""
+        if self.kind is bool:
+            return "true or false"
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
+        noun = "a whole number" if self.kind is int else "a number"
+        return f"{noun} from {self.low:g} to {self.high:g}"
+
+    def used_by(self, method: str) -> bool:
+        return not self.methods or method in self.methods
+
+    def check(self, value: Any) -> Any:
+        """The value in the option's own type; raises `SettingsError` unless it is of that type and within range.
+
+        JSON knows one kind of number, so 4.0 passes for the whole number 4 and 1 for the number 1.0; text is never
+        read as a number here, nor is true as 1.
+        """
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        number = whole or (isinstance(value, float) and math.isfinite(value))
+        if self.kind is bool:
+            valid = isinstance(value, bool)
+        elif self.choices:
+            valid = isinstance(value, str) and value in self.choices
+        else:
+            valid = number and self.low <= value <= self.high and (self.kind is float or value == int(value))
+        if not valid:
+            raise SettingsError(f"LoRAtorio: {self.name} must be {self.allowed}, got {reprlib.repr(value)}")
+        return self.kind(value)
+
+    def parse(self, text: str) -> Any:
+        """A value from its infotext form; raises `SettingsError` for what `check` would refuse."""
+        if self.kind is str:
+            return self.check(text)
+        if self.kind is bool:
+            return self.check({"true": True, "false": False}.get(text.strip().lower(), text))
+        try:
+            return self.check(float(text))
+        except ValueError as error:
+            raise SettingsError(f"LoRAtorio: {self.name} must be {self.allowed}, got {reprlib.repr(text)}") from error
+
+
+LORATORIO = ("loratorio",)
+
+OPTIONS = (
+    Option(
+        "enabled",
+        False,
+        "LoRAtorio",
+        "Compose the prompt's LoRAs instead of summing their weights.",
+        group="",
+    ),
+    Option(
+        "method",
+        "loratorio",
+        "Method",
+        "How LoRAs share the image. loratorio: each where it knows most. composite: the mean of all. switch: one after "
+        "the other. merge: the WebUI's own sum, to compare with.",
+        group="",
+        choices=("loratorio", "composite", "switch", "merge"),
+    ),
+    Option(
+        "patch_size",
+        4,
+        "Patch size",
+        "Side of a patch in latent pixels (1 latent pixel = 8 image pixels). Smaller: finer borders between LoRAs, "
+        "noisier choice. Larger than the latent: one weight per LoRA and image.",
+        group="Weights",
+        low=1,
+        high=64,
+        step=1,
+        methods=LORATORIO,
+    ),
+    Option(
+        "temperature_mode",
+        "adaptive",
+        "Temperature mode",
+        "adaptive: the temperature follows how far the LoRAs' similarities spread at each step. fixed: the paper's "
+        "form, the same temperature in every step.",
+        group="Weights",
+        choices=("adaptive", "fixed"),
+        methods=LORATORIO,
+    ),
+    Option(
+        "temperature",
+        0.3,
+        "Temperature",
+        "Lower: the most divergent LoRA takes a patch alone. Higher: all LoRAs share it evenly. In fixed mode useful "
+        "values are small (0.001 to 1), since similarities lie close together.",
+        group="Weights",
+        low=0.0001,
+        high=1_000_000.0,
+        step=0.01,
+        methods=LORATORIO,
+    ),
+    Option(
+        "relativity",
+        0.5,
+        "Relativity",
+        "0: compare divergence as it is (the paper). 1: compare it to each LoRA's own mean over the image. Raise it "
+        "when a style or background LoRA drowns the others.",
+        group="Weights",
+        low=0.0,
+        high=1.0,
+        step=0.05,
+        methods=LORATORIO,
+    ),
+    Option(
+        "upsampling",
+        "nearest",
+        "Upsampling",
+        "How patch weights become pixel weights. nearest: the paper's. bilinear: try it when patch borders show.",
+        group="Weights",
+        choices=("nearest", "bilinear"),
+        methods=LORATORIO,
+    ),
+    Option(
+        "base_share",
+        0.5,
+        "Base share of guidance",
+        "Share of the bare model in the unconditional score (lambda). 0: LoRAs only. 1: bare model only, and faster, "
+        "since no LoRA needs an unconditional pass.",
+        group="Guidance",
+        low=0.0,
+        high=1.0,
+        step=0.05,
+        methods=LORATORIO,
+    ),
+    Option(
+        "top_k",
+        0,
+        "Keep the k most divergent",
+        "Of many LoRAs only this many take part at each step, the ones that diverge most. 0: all.",
+        group="Selection",
+        low=0,
+        high=64,
+        step=1,
+        methods=LORATORIO,
+    ),
+    Option(
+        "selection_scope",
+        "image",
+        "Select per",
+        "Choose the k LoRAs once for the image, or in every patch by itself.",
+        group="Selection",
+        choices=("image", "patch"),
+        methods=LORATORIO,
+    ),
+    Option(
+        "switch_every",
+        5,
+        "Steps per LoRA",
+        "How many steps a LoRA works before the next one takes over.",
+        group="Switch",
+        low=1,
+        high=1000,
+        step=1,
+        methods=("switch",),
+    ),
+    Option(
+        "start",
+        0.0,
+        "Start",
+        "Fraction of the steps after which composition starts; before it the LoRAs act merged. Raise it when the "
+        "layout should come from the merged model.",
+        group="Window",
+        low=0.0,
+        high=1.0,
+        step=0.05,
+        methods=("loratorio", "composite", "switch"),
+    ),
+    Option(
+        "end",
+        1.0,
+        "End",
+        "Fraction of the steps after which composition ends and the LoRAs act merged again. Lower it to save time in "
+        "the late steps that only touch detail.",
+        group="Window",
+        low=0.0,
+        high=1.0,
+        step=0.05,
+        methods=("loratorio", "composite", "switch"),
+    ),
+)
+
+OPTION = {option.name: option for option in OPTIONS}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {
+        "method": "loratorio",
+        "temperature_mode": "fixed",
+        "temperature": 1.0,
+        "relativity": 0.0,
+        "base_share": 0.5,
+        "upsampling": "nearest",
+        "top_k": 0,
+        "start": 0.0,
+        "end": 1.0,
+    },
+}
+"""Named starting points: the options a preset sets; options given beside it win."""
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str:
+    """A hint at the known name closest to a wrong one, or nothing."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+class _Settings:
+    """One checked value for every option of `OPTIONS`, by its name. Immutable."""
+
+    def __post_init__(self):
+        for option in OPTIONS:
+            object.__setattr__(self, option.name, option.check(getattr(self, option.name)))
+        if self.start >= self.end:
+            raise SettingsError(f"LoRAtorio: start must be less than end ({self.end:g}), got {self.start:g}")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], base: "Settings | None" = None) -> "Settings":
+        """Named options over those of ``base`` (or the defaults); ``preset`` names a preset to apply first.
+
+        Unknown names and bad values raise `SettingsError`.
+        """
+        known = [*OPTION, "preset"]
+        for name in values:
+            if name not in known:
+                hint = nearest_name(str(name), known)
+                raise SettingsError(
+                    f"LoRAtorio: there is no option {reprlib.repr(name)}{hint} (options: {', '.join(known)})"
+                )
+        preset = values.get("preset", "default")
+        if not isinstance(preset, str) or preset not in PRESETS:
+            raise SettingsError(f"LoRAtorio: preset must be one of {', '.join(PRESETS)}, got {reprlib.repr(preset)}")
+        given = {name: value for name, value in values.items() if name != "preset"}
+        return replace(base or cls(), **{**PRESETS[preset], **given})
+
+    @classmethod
+    def from_args(cls, args: Sequence[Any]) -> "Settings":
+        """What a WebUI hands a script: the options' values in table order, the first of which may be a dict of names.
+
+        A dict wins over the values that follow it (the host's defaults, or what it read from an infotext). Missing
+        values keep their defaults.
+        """
+        if len(args) > len(OPTIONS):
+            raise SettingsError(f"LoRAtorio: args must hold at most {len(OPTIONS)} values, got {len(args)}")
+        positional = {option.name: value for option, value in zip(OPTIONS, args)}
+        named = positional.pop("enabled") if args and isinstance(args[0], Mapping) else {}
+        return cls.from_mapping(named, cls.from_mapping(positional))
+
+    @classmethod
+    def from_infotext(cls, params: Mapping[str, str]) -> "Settings":
+        """The options that an image's generation parameters hold; those they do not name are at their defaults."""
+        present = [option for option in OPTIONS if option.infotext_key in params]
+        return cls.from_mapping({option.name: option.parse(params[option.infotext_key]) for option in present})
+
+    def to_infotext(self) -> dict[str, str]:
+        """Generation parameters that `from_infotext` reads back: what differs from the defaults, nothing when off."""
+        if not self.enabled:
+            return {}
+        values = {option: getattr(self, option.name) for option in OPTIONS}
+        return {option.infotext_key: str(value) for option, value in values.items() if value != option.default}
+
+
+Settings = make_dataclass(
+    "Settings",
+    [(option.name, option.kind, field(default=option.default)) for option in OPTIONS],
+    bases=(_Settings,),
+    frozen=True,
+    namespace={"__doc__": _Settings.__doc__, "__module__": __name__},
+)
