@@ -21,6 +21,7 @@ from loratorio_ext.core.methods import (
     Plan,
     Predictions,
     Switch,
+    method_from,
 )
 from loratorio_ext.core.patches import patch_similarity, upsample_weights
 from loratorio_ext.core.selection import top_k_mask
@@ -37,6 +38,7 @@ __all__ = [
     "Switch",
     "adaptive_temperature",
     "compose",
+    "method_from",
     "patch_similarity",
     "recenter",
     "relative_similarity",

@@ -4,8 +4,8 @@ LoRAtorio: arXiv 2508.11624. Merge, Switch and Composite: "Multi-LoRA Compositio
 arXiv 2402.16843.
 """
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -135,12 +135,12 @@ class Composite:
 
 @dataclass(frozen=True)
 class Switch:
-    """One LoRA at a time, in prompt order, the next every ``every`` steps."""
+    """One LoRA at a time, in prompt order, the next every ``switch_every`` steps."""
 
-    every: int
+    switch_every: int
 
     def plan(self, step: int, n: int) -> Plan:
-        return Plan(host=step // self.every % n)
+        return Plan(host=step // self.switch_every % n)
 
     def combine(self, predictions: Predictions) -> ComposedStep:
         return ComposedStep(predictions.host_cond, predictions.host_uncond)
@@ -157,5 +157,11 @@ class Merge:
         return ComposedStep(predictions.host_cond, predictions.host_uncond)
 
 
-METHODS = ("loratorio", "composite", "switch", "merge")
+METHODS: dict[str, type] = {"loratorio": LoRAtorio, "composite": Composite, "switch": Switch, "merge": Merge}
 """The names by which settings choose a method, in the order they are offered."""
+
+
+def method_from(settings: Any) -> Method:
+    """The method that ``settings.method`` names; its fields are the options of the same names."""
+    kind = METHODS[settings.method]
+    return kind(**{field.name: getattr(settings, field.name) for field in fields(kind)})

@@ -1,0 +1,396 @@
+"""AUTOMATIC1111's WebUI 1.10: the host's own UNet pass, and the isolated ones beside it.
+
+Between the two callbacks of a step (``on_cfg_denoiser`` before the UNet, ``on_cfg_denoised`` after it) the host's list
+of LoRAs is empty, so that its pass is the base model's. Outside of that the host always sees its own list.
+"""
+
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from copy import copy
+from types import ModuleType
+from typing import Any
+
+import torch
+from modules import extra_networks, processing, prompt_parser, script_callbacks, sd_unet, shared
+from modules.sd_hijack import model_hijack
+from modules.sd_samplers_cfg_denoiser import catenate_conds, subscript_cond
+from torch import Tensor, nn
+
+from loratorio_ext.core import ComposedStep, Plan, Predictions, method_from
+from loratorio_ext.errors import UnsupportedError
+from loratorio_ext.generation import Generation
+from loratorio_ext.isolation import Branch, Delta, IsolatedCalls, Isolation, LowRank
+
+logger = logging.getLogger("loratorio")
+
+
+# --- the host's LoRAs -------------------------------------------------------------------------------------------------
+
+
+def lora_extension() -> ModuleType:
+    """The module ``networks`` of the host's Lora extension; raises `UnsupportedError` when that is switched off."""
+    lora = extra_networks.extra_network_registry.get("lora")
+    networks = getattr(sys.modules.get(type(lora).__module__), "networks", None)
+    if networks is None:
+        raise UnsupportedError("LoRAtorio: the WebUI's built-in Lora extension is needed, and it is disabled")
+    return networks
+
+
+@contextmanager
+def only(networks: ModuleType, active: Sequence[Any]) -> Iterator[None]:
+    """While entered, the host's text encoders and UNet see just the LoRAs ``active``."""
+    before = list(networks.loaded_networks)
+    networks.loaded_networks[:] = active
+    try:
+        yield
+    finally:
+        networks.loaded_networks[:] = before
+
+
+@contextmanager
+def without_embeddings(loras: Sequence[Any]) -> Iterator[None]:
+    """While entered, the prompt parser does not know the embeddings that these LoRAs' files bring along."""
+    known = [(name, each) for lora in loras for name, each in lora.bundle_embeddings.items() if each.loaded]
+    register = model_hijack.embedding_db.register_embedding_by_name
+    try:
+        for name, _ in known:
+            register(None, shared.sd_model, name)
+        yield
+    finally:
+        for name, embedding in known:
+            register(embedding, shared.sd_model, name)
+
+
+def is_text_encoder(module: Any) -> bool:
+    """Whether a LoRA's module sits in a text encoder, by the rule of the host's Lora extension."""
+    return "transformer" in module.sd_key[:20]
+
+
+def speaks_to_text_encoder(lora: Any) -> bool:
+    """Whether a LoRA changes what the text encoders say at all."""
+    return bool(lora.bundle_embeddings) or (lora.te_multiplier != 0 and any(map(is_text_encoder, lora.modules.values())))
+
+
+def low_rank(module: Any, layer: nn.Module) -> LowRank | None:
+    """The branch of a LoRA or LoCon module, or None where its matrices do not have the layer's shape."""
+    if getattr(module, "down_model", None) is None or module.dora_scale is not None or module.bias is not None:
+        return None
+    up, down = module.up_model.weight, module.down_model.weight
+    mid = module.mid_model.weight if module.mid_model is not None else None
+    dyn = module.network.dyn_dim
+    if mid is None and dyn:
+        up, down = up[:, :dyn], down[:dyn]
+    shape = (up.shape[0], down.shape[1], *(down if mid is None else mid).shape[2:])
+    if isinstance(layer, nn.Conv2d) and layer.weight.shape[1] == 9 and shape[1] == 4:
+        # The first convolution of an inpainting model: the mask's and the masked image's channels are left alone.
+        down = nn.functional.pad(down, (0, 0, 0, 0, 0, 5))
+        shape = (shape[0], 9, *shape[2:])
+    if shape != tuple(layer.weight.shape):
+        return None
+    return LowRank(down, up, module.calc_scale() * module.multiplier(), mid)
+
+
+def full_delta(networks: ModuleType, module: Any, layer: nn.Module) -> Delta:
+    """What the host itself would add to the layer's weight and bias; raises RuntimeError where it would fail, too."""
+    networks.network_apply_weights(layer)  # with no LoRA listed: brings back the layer's own weight
+    weight = layer.weight if getattr(layer, "fp16_weight", None) is None else layer.fp16_weight
+    updown, bias = module.calc_updown(weight.to(layer.weight.device))
+    if weight.ndim == 4 and weight.shape[1] == 9:
+        updown = nn.functional.pad(updown, (0, 0, 0, 0, 0, 5))
+    return Delta(updown.to(weight.dtype).expand(weight.shape), bias)
+
+
+def unet_branches(networks: ModuleType, network: Any, layers: dict[str, nn.Module]) -> tuple[dict[str, Branch], list]:
+    """A LoRA's branches for the UNet by layer name, and the layers that it does not fit."""
+    branches, misfits = {}, []
+    for name, module in network.modules.items():
+        if is_text_encoder(module) or name not in layers:
+            continue
+        try:
+            branches[name] = low_rank(module, layers[name]) or full_delta(networks, module, layers[name])
+        except RuntimeError as error:
+            misfits.append(name)
+            logger.warning("%s does not fit layer %s: %s", network.name, name, error)
+    return branches, misfits
+
+
+# --- conditionings ----------------------------------------------------------------------------------------------------
+
+
+def encode(p: Any) -> tuple[Any, Any]:
+    """The prompts' schedules of conditionings, positive and negative, with the text encoders as they are now.
+
+    The host's own code computes them, on a copy of ``p`` with caches of its own: the host's caches know a
+    conditioning by its prompt alone, and must never hold one that was made with other LoRAs than the prompt's.
+    """
+    own = copy(p)
+    own.cached_c, own.cached_uc, own.cached_hr_c, own.cached_hr_uc = ([None, None] for _ in range(4))
+    if getattr(p, "is_hr_pass", False):
+        own.hr_c = None
+        own.calculate_hr_conds()
+        return own.hr_c, own.hr_uc
+    processing.StableDiffusionProcessing.setup_conds(own)
+    return own.c, own.uc
+
+
+def pad_to_each_other(denoiser: Any, cond: Any, uncond: Any) -> tuple[Any, Any]:
+    """Conditionings of equal token length where the user has chosen one of the host's ways of padding."""
+    if cond.shape[1] != uncond.shape[1]:
+        if shared.opts.pad_cond_uncond_v0:
+            return denoiser.pad_cond_uncond_v0(cond, uncond)
+        if shared.opts.pad_cond_uncond:
+            return denoiser.pad_cond_uncond(cond, uncond)
+    return cond, uncond
+
+
+# --- one call of the host's denoiser ----------------------------------------------------------------------------------
+
+
+def predicted_noise(inner_model: nn.Module, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+    """The noise that a denoiser's ``output [R, C, H, W]`` for ``x`` means.
+
+    Timestep samplers hand out noise; k-diffusion's denoisers (eps and v alike) hand out x0, LCM's a blend of x0 and x.
+    """
+    if not hasattr(inner_model, "sigmas"):
+        return output
+    if hasattr(inner_model, "get_scaled_out"):
+        kept = inner_model.get_scaled_out(sigma, torch.zeros_like(x), x)
+        gain = inner_model.get_scaled_out(sigma, torch.ones_like(x), torch.zeros_like(x))
+        output = (output - kept) / gain
+    return (x - output) / sigma.view(-1, 1, 1, 1)
+
+
+class HostPass:
+    """What the host gives its UNet in one step, observed at its denoiser: all rows, whatever calls they came in."""
+
+    def __init__(self):
+        self.calls: list[tuple[Tensor, Tensor, dict]] = []
+
+    def record(self, denoiser: nn.Module, args: tuple, kwargs: dict) -> None:
+        x, sigma = args
+        self.calls.append((x, sigma, kwargs["cond"]))
+
+    @property
+    def x(self) -> Tensor:
+        return torch.cat([x for x, _, _ in self.calls])
+
+    @property
+    def sigma(self) -> Tensor:
+        return torch.cat([sigma for _, sigma, _ in self.calls])
+
+    def besides(self, text: Any) -> dict[str, Any]:
+        """The conditions that are not the text's (image conditioning, unCLIP's), for all rows: ``[rows, ...]`` each."""
+        first = self.calls[0][2]
+        names = [name for name in first if name not in (text if isinstance(text, dict) else ("c_crossattn",))]
+        return {name: torch.cat([listed(cond[name]) for _, _, cond in self.calls]) for name in names}
+
+
+def listed(value: Any) -> Tensor:
+    """A condition that the host may hand over in a list of one."""
+    return value[0] if isinstance(value, list) else value
+
+
+def as_condition(text: Any, besides: dict[str, Tensor]) -> dict[str, Any]:
+    """The host's dict of conditions for its denoiser."""
+    conditions = {name: value if name == "c_adm" else [value] for name, value in besides.items()}
+    return {**text, **conditions} if isinstance(text, dict) else {"c_crossattn": [text], **conditions}
+
+
+class A1111Sampling:
+    """Composition in one sampling pass."""
+
+    def __init__(self, generation: Generation, networks: ModuleType, loras: list[Any]):
+        self.generation, self.p, self.networks, self.loras = generation, generation.p, networks, loras
+        self.settings = generation.settings
+        self.method = method_from(self.settings)
+        self.step = ExitStack()
+        self.plan = Plan(host=Plan.MERGED)
+        self.prepare()
+        script_callbacks.on_cfg_denoiser(self.before_unet)
+        script_callbacks.on_cfg_denoised(self.after_unet)
+
+    def close(self) -> None:
+        self.step.close()
+        script_callbacks.remove_callbacks_for_function(self.before_unet)
+        script_callbacks.remove_callbacks_for_function(self.after_unet)
+
+    def prepare(self) -> None:
+        """Conditionings and branches for the model that is loaded now."""
+        check_supported()
+        self.model = loaded_model()
+        layers = shared.sd_model.network_layer_mapping
+        branches = []
+        with only(self.networks, []):
+            if shared.opts.lora_functional:  # there the host leaves weights merged earlier as they are
+                for layer in shared.sd_model.model.modules():
+                    self.networks.network_apply_weights(layer)
+            for lora in self.loras:
+                fitting, misfits = unet_branches(self.networks, lora, layers)
+                branches.append(fitting)
+                if misfits:
+                    self.generation.note(f"{lora.name} does not fit {len(misfits)} layers of this model")
+        self.base_text = self.encode([])
+        self.texts = [self.encode([lora]) if speaks_to_text_encoder(lora) else self.base_text for lora in self.loras]
+        self.isolation = Isolation(layers, branches)
+        rows_like_host = None if shared.opts.batch_cond_uncond else self.p.batch_size
+        self.isolated = IsolatedCalls(self.isolation, rows_like_host)
+
+    def encode(self, active: Sequence[Any]) -> tuple[Any, Any]:
+        """Schedules of conditionings, positive and negative, with just the LoRAs ``active``."""
+        others = [lora for lora in self.loras if lora not in active]
+        with only(self.networks, active), without_embeddings(others):
+            return encode(self.p)
+
+    def plan_step(self, denoiser: Any) -> Plan:
+        progress = denoiser.step / denoiser.total_steps
+        inside = self.settings.start <= progress and (progress < self.settings.end or self.settings.end == 1)
+        return self.method.plan(denoiser.step, len(self.loras)) if inside else Plan(host=Plan.MERGED)
+
+    def before_unet(self, params: script_callbacks.CFGDenoiserParams) -> None:
+        """``on_cfg_denoiser``: let the host's own pass be the one the plan asks for."""
+        denoiser = params.denoiser
+        if denoiser.p is not self.p:
+            return
+        with self.generation.guarded():
+            self.step.close()
+            if self.model != loaded_model():
+                self.prepare()
+            self.denoiser, self.plan = denoiser, self.plan_step(denoiser)
+            if self.plan.host == Plan.MERGED:
+                return
+            text = self.base_text if self.plan.host == Plan.BASE else self.texts[self.plan.host]
+            self.conds_list, params.text_cond, params.text_uncond = self.text_at_step(text)
+            self.host_pass = HostPass()
+            self.step.enter_context(only(self.networks, []))
+            hook = denoiser.inner_model.register_forward_pre_hook(self.host_pass.record, with_kwargs=True)
+            self.step.callback(hook.remove)
+            if self.plan.host >= 0:
+                self.step.enter_context(self.isolation.rows([self.plan.host]))
+
+    def text_at_step(self, text: tuple[Any, Any]) -> tuple[list, Any, Any]:
+        """The rows of each image (``conds_list``), and the conditionings of this step, positive and negative."""
+        conds_list, cond = prompt_parser.reconstruct_multicond_batch(text[0], self.denoiser.step)
+        return conds_list, cond, prompt_parser.reconstruct_cond_batch(text[1], self.denoiser.step)
+
+    def after_unet(self, params: script_callbacks.CFGDenoisedParams) -> None:
+        """``on_cfg_denoised``: evaluate the isolated LoRAs and put the composed rows in the host's place."""
+        if self.plan.host == Plan.MERGED or self.denoiser.inner_model is not params.inner_model:
+            return
+        with self.generation.guarded():
+            self.step.close()
+            with only(self.networks, []):
+                predictions = self.predict(params.x)
+            composed = self.method.combine(predictions)
+            write_rows(params.x, composed, self.conds_list)
+
+    def predict(self, output: Tensor) -> Predictions:
+        """All predictions of this step; ``output`` is the host's own pass, conditional rows before unconditional."""
+        x, sigma = self.host_pass.x, self.host_pass.sigma
+        image_of_row = tuple(image for image, rows in enumerate(self.conds_list) for _ in rows)
+        conds = len(image_of_row)
+        uncond_evaluated = len(x) > conds
+        cond, uncond = self.evaluate_isolated(x, sigma, conds, self.plan.uncond and uncond_evaluated)
+
+        def noise(rows: Tensor) -> Tensor:
+            return predicted_noise(self.denoiser.inner_model, rows, x[:conds], sigma[:conds])
+
+        return Predictions(
+            host_cond=output[:conds],
+            host_uncond=output[conds:] if uncond_evaluated else None,
+            cond=cond,
+            uncond=uncond,
+            eps_base=noise(output[:conds]),
+            eps=torch.stack([noise(rows) for rows in cond]) if len(cond) else cond,
+            image_of_row=image_of_row,
+        )
+
+    def evaluate_isolated(self, x: Tensor, sigma: Tensor, conds: int, with_uncond: bool) -> tuple[Tensor, Tensor | None]:
+        """The plan's LoRAs, each alone: ``[N, conds, C, H, W]``, and ``[N, B, C, H, W]`` where asked for."""
+        group = self.plan.isolated
+        if not group:
+            return x.new_empty(0, conds, *x.shape[1:]), x.new_empty(0, len(x) - conds, *x.shape[1:])
+        texts = [pad_to_each_other(self.denoiser, *self.text_at_step(self.texts[lora])[1:]) for lora in group]
+        besides = self.host_pass.besides(texts[0][0])
+
+        def run(text_of: list, first: int, last: int) -> Tensor:
+            """Rows ``first`` to ``last`` of the host's pass under each LoRA, with the LoRA's own text for them."""
+
+            def call(positions: Sequence[int], part: slice) -> Tensor:
+                rows, times = slice(first + part.start, first + part.stop), len(positions)
+                text = catenate_conds([subscript_cond(text_of[i], part.start, part.stop) for i in positions])
+                others = {name: repeat_rows(value[rows], times) for name, value in besides.items()}
+                condition = as_condition(text, others)
+                return self.denoiser.inner_model(repeat_rows(x[rows], times), sigma[rows].repeat(times), cond=condition)
+
+            return self.isolated(group, last - first, call)
+
+        if not with_uncond:
+            return run([cond for cond, _ in texts], 0, conds), None
+        if all(cond.shape[1] == uncond.shape[1] for cond, uncond in texts):
+            rows = run([catenate_conds(text) for text in texts], 0, len(x))
+            return rows[:, :conds], rows[:, conds:]
+        return run([cond for cond, _ in texts], 0, conds), run([uncond for _, uncond in texts], conds, len(x))
+
+
+def repeat_rows(rows: Tensor, times: int) -> Tensor:
+    """The batch ``times`` over, one copy after the other."""
+    return rows.repeat(times, *[1] * (rows.ndim - 1))
+
+
+def write_rows(output: Tensor, composed: ComposedStep, conds_list: list) -> None:
+    """Put composed rows where the host looks for them: in place.
+
+    Where the host evaluated no unconditional rows it has filled them with each image's first conditional one.
+    """
+    conds = len(composed.cond)
+    output[:conds] = composed.cond
+    if composed.uncond is not None:
+        output[conds:] = composed.uncond
+    else:
+        output[conds:] = composed.cond[[rows[0][0] for rows in conds_list]]
+
+
+# --- entering ---------------------------------------------------------------------------------------------------------
+
+
+def loaded_model() -> tuple[Any, Any]:
+    """What is compared to notice that the host loaded another checkpoint (refiner), maybe into the same model."""
+    return shared.sd_model, shared.sd_model.sd_checkpoint_info
+
+
+def check_supported() -> None:
+    """Raises `UnsupportedError` for models whose LoRAs cannot be isolated here."""
+    if sd_unet.current_unet is not None:
+        name = sd_unet.current_unet.option.label
+        raise UnsupportedError(f"LoRAtorio: LoRAs cannot be isolated in the UNet {name!r}; set SD Unet to None")
+    if shared.sd_model.cond_stage_key == "edit":
+        raise UnsupportedError("LoRAtorio: InstructPix2Pix models guide by two conditions and are not supported")
+    if getattr(shared.sd_model, "is_sd3", False):
+        raise UnsupportedError("LoRAtorio: Stable Diffusion 3 models are not supported in this WebUI")
+
+
+def open_sampling(generation: Generation) -> A1111Sampling | None:
+    """Composition for the sampling pass that is about to begin, or None where there is nothing to compose."""
+    if generation.settings.method == "merge":
+        return None
+    p = generation.p
+    networks = lora_extension()
+    loras = list(dict.fromkeys(networks.loaded_networks))
+    asked = (p.hr_extra_network_data if getattr(p, "is_hr_pass", False) else p.extra_network_data).get("lora", [])
+    named = [params.positional[0] for params in asked if params.positional]
+    missing = [name for name in dict.fromkeys(named) if name not in {lora.name for lora in loras}]
+    if missing:
+        generation.note(f"composed without {', '.join(missing)}: not found, or it failed to load")
+    if len(loras) < len(networks.loaded_networks):
+        generation.note("a LoRA named more than once takes part once, at its last multiplier")
+    if not loras:
+        generation.note("no LoRA is active, so there is nothing to compose")
+        return None
+    return A1111Sampling(generation, networks, loras)
+
+
+def begin(p: Any, args: Sequence[Any]) -> None:
+    """Take up a generation (see `Generation.begin`)."""
+    Generation.begin(p, args, open_sampling, shared.state.interrupt)

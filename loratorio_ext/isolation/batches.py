@@ -1,0 +1,71 @@
+"""In how many model calls the isolated LoRAs are evaluated: all rows in one where memory allows."""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from loratorio_ext.isolation.rows import Isolation
+
+logger = logging.getLogger("loratorio")
+
+Batch = tuple[Sequence[int], slice]
+"""LoRAs (positions in the group) and the rows of each that one model call holds."""
+
+
+def split(loras: Sequence[int], rows: slice, limit: int) -> list[Batch]:
+    """Batches of at most ``limit`` rows that cover ``rows`` of every LoRA, as few and as even as can be."""
+    count = rows.stop - rows.start
+    if count > limit:
+        starts = range(rows.start, rows.stop, limit)
+        return [([lora], slice(start, min(start + limit, rows.stop))) for lora in loras for start in starts]
+    calls = -(-len(loras) // (limit // count))
+    size = -(-len(loras) // calls)
+    return [(loras[start : start + size], rows) for start in range(0, len(loras), size)]
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a model call failed for want of memory; backends other than CUDA only say so in words."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in str(error).lower()
+
+
+class IsolatedCalls:
+    """Evaluates LoRAs, each alone, in batches of at most ``limit`` rows (None: all at once).
+
+    When memory runs out the limit is halved, nothing that was computed is lost, and the smaller limit stays.
+    """
+
+    def __init__(self, isolation: Isolation, limit: int | None = None):
+        self.isolation, self.limit = isolation, limit
+
+    def __call__(self, group: Sequence[int], rows: int, call: Callable[[Sequence[int], slice], Tensor]) -> Tensor:
+        """``[len(group), rows, ...]``: what the model says of each row under each LoRA of ``group``.
+
+        ``call(positions, part)`` runs the model on rows ``part`` for the LoRAs at these positions of the group, one
+        LoRA's rows after the other's.
+        """
+        results: list[list[Tensor]] = [[] for _ in group]
+        work = deque(split(range(len(group)), slice(0, rows), self.limit or len(group) * rows))
+        while work:
+            positions, part = work.popleft()
+            try:
+                with self.isolation.rows([group[position] for position in positions]):
+                    output = call(positions, part)
+            except RuntimeError as error:
+                attempted = len(positions) * (part.stop - part.start)
+                if attempted == 1 or not is_out_of_memory(error):
+                    raise
+                self.limit = attempted // 2
+                logger.warning("Out of memory with %d rows in a batch: going on with %d", attempted, self.limit)
+                work.extendleft(reversed(split(positions, part, self.limit)))
+            else:
+                for position, predicted in zip(positions, output.chunk(len(positions))):
+                    results[position].append(predicted)
+                continue
+            # Out of the handler, whose traceback would keep the failed call's tensors alive.
+            self.isolation.forget()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        return torch.stack([torch.cat(parts) for parts in results])
