@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from loratorio_ext.isolation import Delta, Isolation, LowRank
+from loratorio_ext.isolation import Delta, IsolatedCalls, Isolation, LowRank
 
 CHANNELS, WIDTH, TOKENS = 8, 12, 5
 
@@ -516,3 +516,71 @@ class TestNothingStays:
         for rows in (1, 2, 3):
             run_group(isolation, model, [0, 1], make_inputs(rows))
         assert len(isolation._stacks) == made
+
+
+class Memory:
+    """A model call with room for ``room`` rows, that notes the calls made of it."""
+
+    def __init__(self, model, inputs, room, words="CUDA out of memory. Tried to allocate"):
+        self.model, self.inputs, self.room, self.words, self.calls = model, inputs, room, words, []
+
+    def __call__(self, positions, part):
+        rows = len(positions) * (part.stop - part.start)
+        self.calls.append((list(positions), part.start, part.stop))
+        if rows > self.room:
+            raise RuntimeError(self.words)
+        inputs = [value[part] for value in self.inputs]
+        return self.model(*[value.repeat(len(positions), *[1] * (value.ndim - 1)) for value in inputs])
+
+
+class TestCalls:
+    @pytest.mark.parametrize("rows", [1, 2, 5])
+    @pytest.mark.parametrize("limit", [None, 1, 2, 3, 4, 7, 100])
+    @pytest.mark.parametrize("room", [1, 2, 3, 6, 100])
+    def test_whatever_fits_every_lora_has_its_rows(self, rows, limit, room):
+        model = make_model()
+        loras = make_loras(model)
+        inputs = make_inputs(rows)
+        group = [2, 0, 1]
+        memory = Memory(model, inputs, room)
+        isolated = IsolatedCalls(Isolation(layers_of(model), loras), limit)
+        actual = isolated(group, rows, memory)
+        for segment, index in enumerate(group):
+            assert_same(actual[segment], alone(model, loras[index], inputs), 1e-12)
+        assert hooks(model) == 0
+        if limit is not None:
+            assert all(len(positions) * (stop - start) <= limit for positions, start, stop in memory.calls)
+        done = [call for call in memory.calls if len(call[0]) * (call[2] - call[1]) <= room]
+        cells = [
+            (position, row) for positions, start, stop in done for position in positions for row in range(start, stop)
+        ]
+        assert sorted(cells) == [(position, row) for position in range(3) for row in range(rows)], "nothing twice"
+
+    def test_all_in_one_call_where_memory_allows(self):
+        model = make_model()
+        memory = Memory(model, make_inputs(2), 100)
+        IsolatedCalls(Isolation(layers_of(model), make_loras(model)))([0, 1, 2, 3], 2, memory)
+        assert memory.calls == [([0, 1, 2, 3], 0, 2)]
+
+    def test_the_smaller_limit_stays(self):
+        model = make_model()
+        memory = Memory(model, make_inputs(2), 4)
+        isolated = IsolatedCalls(Isolation(layers_of(model), make_loras(model)))
+        isolated([0, 1, 2, 3], 2, memory)
+        assert isolated.limit == 4 and len(memory.calls) == 3
+        isolated([0, 1, 2, 3], 2, memory)
+        assert len(memory.calls) == 5, "not tried at full size again"
+
+    def test_not_even_one_row_fits(self):
+        model = make_model()
+        isolated = IsolatedCalls(Isolation(layers_of(model), make_loras(model)))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            isolated([0, 1], 1, Memory(model, make_inputs(1), 0))
+        assert hooks(model) == 0
+
+    def test_other_errors_are_not_tried_again(self):
+        model = make_model()
+        memory = Memory(model, make_inputs(1), 0, "mat1 and mat2 shapes cannot be multiplied")
+        with pytest.raises(RuntimeError, match="mat1"):
+            IsolatedCalls(Isolation(layers_of(model), make_loras(model)))([0, 1], 1, memory)
+        assert len(memory.calls) == 1 and hooks(model) == 0
