@@ -527,6 +527,7 @@ class Memory:
     def __call__(self, positions, part):
         rows = len(positions) * (part.stop - part.start)
         self.calls.append((list(positions), part.start, part.stop))
+        assert len(self.calls) < 100, "tried again and again"
         if rows > self.room:
             raise RuntimeError(self.words)
         inputs = [value[part] for value in self.inputs]
