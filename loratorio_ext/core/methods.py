@@ -41,7 +41,7 @@ class Plan:
 class Predictions:
     """What the models said of one noisy latent: R conditional rows (several an image with AND), B images.
 
-    ``host_cond [R, C, H, W]``, ``host_uncond [B, C, H, W] | None``: the host's own pass, in the host's parameterisation.
+    ``host_cond [R, C, H, W]``, ``host_uncond [B, C, H, W] | None``: the host's own pass, in its own parameterisation.
     ``cond [N, R, C, H, W]``, ``uncond [N, B, C, H, W] | None``: the isolated LoRAs, likewise.
     ``eps_base [R, C, H, W]``, ``eps [N, R, C, H, W]``: the conditional rows as predicted noise.
     ``image_of_row``: for each conditional row the image it belongs to.
