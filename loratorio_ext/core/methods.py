@@ -18,6 +18,7 @@ from loratorio_ext.core.composition import (
     softmin_weights,
 )
 from loratorio_ext.core.patches import patch_similarity, upsample_weights
+from loratorio_ext.core.selection import top_k_mask
 
 
 @dataclass(frozen=True)
@@ -101,10 +102,13 @@ class LoRAtorio:
 
     def weights(self, eps: Tensor, eps_base: Tensor) -> Tensor:
         """Patch weights Omega ``[N, R, h, w]`` from the predicted noise of LoRAs and base model."""
-        score = relative_similarity(patch_similarity(eps, eps_base, self.patch_size), self.relativity)
+        similarity = patch_similarity(eps, eps_base, self.patch_size)
+        score = relative_similarity(similarity, self.relativity)
         adaptive = self.temperature_mode == "adaptive"
         temperature = adaptive_temperature(score, self.temperature) if adaptive else self.temperature
-        return softmin_weights(score, temperature, self.top_k, self.selection_scope)
+        # Ranked by similarity itself: relative to its own mean, every LoRA of an image would rank alike.
+        chosen = top_k_mask(similarity, self.top_k, self.selection_scope)
+        return softmin_weights(score.masked_fill(~chosen, torch.inf), temperature)
 
     def combine(self, predictions: Predictions) -> ComposedStep:
         weights = self.weights(predictions.eps, predictions.eps_base)
