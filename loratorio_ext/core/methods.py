@@ -114,7 +114,7 @@ class LoRAtorio:
         weights = self.weights(predictions.eps, predictions.eps_base)
         pixels = upsample_weights(weights, predictions.cond.shape[-2:], self.patch_size, self.upsampling)
         uncond = predictions.host_uncond
-        if uncond is not None and predictions.uncond is not None:
+        if uncond is not None and self.base_share < 1:
             image_pixels = mean_over_rows(pixels, predictions.image_of_row, len(uncond))
             uncond = recenter(uncond, compose(predictions.uncond, image_pixels), self.base_share)
         return ComposedStep(compose(predictions.cond, pixels), uncond, weights)
