@@ -15,6 +15,14 @@ from loratorio_ext.errors import SettingsError
 INFOTEXT_PREFIX = "LoRAtorio"
 
 
+def shown(value: Any) -> str:
+    """A value as an error message repeats it, shortened."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python writes out no integer of more than some thousand digits.
+        return "a number too long to show"
+
+
 @dataclass(frozen=True)
 class Option:
     """One option: what it may be, what it is without being set, and how to explain it.
@@ -70,19 +78,19 @@ class Option:
         else:
             valid = number and self.low <= value <= self.high and (self.kind is float or value == int(value))
         if not valid:
-            raise SettingsError(f"LoRAtorio: {self.name} must be {self.allowed}, got {reprlib.repr(value)}")
+            raise SettingsError(f"LoRAtorio: {self.name} must be {self.allowed}, got {shown(value)}")
         return self.kind(value)
 
     def parse(self, text: str) -> Any:
         """A value from its infotext form; raises `SettingsError` for what `check` would refuse."""
-        if self.kind is str:
+        if self.kind is str or not isinstance(text, str):
             return self.check(text)
         if self.kind is bool:
             return self.check({"true": True, "false": False}.get(text.strip().lower(), text))
         try:
             return self.check(float(text))
         except ValueError as error:
-            raise SettingsError(f"LoRAtorio: {self.name} must be {self.allowed}, got {reprlib.repr(text)}") from error
+            raise SettingsError(f"LoRAtorio: {self.name} must be {self.allowed}, got {shown(text)}") from error
 
 
 LORATORIO = ("loratorio",)
@@ -268,16 +276,16 @@ class _Settings:
 
         Unknown names and bad values raise `SettingsError`.
         """
+        if not isinstance(values, Mapping):
+            raise SettingsError(f"LoRAtorio: options must be a dict of names and values, got {shown(values)}")
         known = [*OPTION, "preset"]
         for name in values:
             if name not in known:
                 hint = nearest_name(str(name), known)
-                raise SettingsError(
-                    f"LoRAtorio: there is no option {reprlib.repr(name)}{hint} (options: {', '.join(known)})"
-                )
+                raise SettingsError(f"LoRAtorio: there is no option {shown(name)}{hint} (options: {', '.join(known)})")
         preset = values.get("preset", "default")
         if not isinstance(preset, str) or preset not in PRESETS:
-            raise SettingsError(f"LoRAtorio: preset must be one of {', '.join(PRESETS)}, got {reprlib.repr(preset)}")
+            raise SettingsError(f"LoRAtorio: preset must be one of {', '.join(PRESETS)}, got {shown(preset)}")
         given = {name: value for name, value in values.items() if name != "preset"}
         return replace(base or cls(), **{**PRESETS[preset], **given})
 
@@ -288,6 +296,8 @@ class _Settings:
         A dict wins over the values that follow it (the host's defaults, or what it read from an infotext). Missing
         values keep their defaults.
         """
+        if not isinstance(args, (list, tuple)):
+            raise SettingsError(f"LoRAtorio: args must be a list, got {shown(args)}")
         if len(args) > len(OPTIONS):
             raise SettingsError(f"LoRAtorio: args must hold at most {len(OPTIONS)} values, got {len(args)}")
         positional = {option.name: value for option, value in zip(OPTIONS, args)}

@@ -22,6 +22,8 @@ def softmin_weights(
         raise ValueError(f"temperature must be greater than 0, got {temperature}")
     chosen = top_k_mask(similarity, top_k, scope)
     similarity = similarity.float()
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(similarity)
     lowest = similarity.masked_fill(~chosen, torch.inf).amin(dim=0, keepdim=True)
     logits = (lowest - similarity) / temperature
     return logits.masked_fill(~chosen, -torch.inf).softmax(dim=0)

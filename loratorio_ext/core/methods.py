@@ -18,6 +18,7 @@ from loratorio_ext.core.composition import (
     softmin_weights,
 )
 from loratorio_ext.core.patches import patch_similarity, upsample_weights
+from loratorio_ext.core.selection import top_k_mask
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Plan:
 class Predictions:
     """What the models said of one noisy latent: R conditional rows (several an image with AND), B images.
 
-    ``host_cond [R, C, H, W]``, ``host_uncond [B, C, H, W] | None``: the host's own pass, in the host's parameterisation.
+    ``host_cond [R, C, H, W]``, ``host_uncond [B, C, H, W] | None``: the host's own pass, in its own parameterisation.
     ``cond [N, R, C, H, W]``, ``uncond [N, B, C, H, W] | None``: the isolated LoRAs, likewise.
     ``eps_base [R, C, H, W]``, ``eps [N, R, C, H, W]``: the conditional rows as predicted noise.
     ``image_of_row``: for each conditional row the image it belongs to.
@@ -101,16 +102,19 @@ class LoRAtorio:
 
     def weights(self, eps: Tensor, eps_base: Tensor) -> Tensor:
         """Patch weights Omega ``[N, R, h, w]`` from the predicted noise of LoRAs and base model."""
-        score = relative_similarity(patch_similarity(eps, eps_base, self.patch_size), self.relativity)
+        similarity = patch_similarity(eps, eps_base, self.patch_size)
+        score = relative_similarity(similarity, self.relativity)
         adaptive = self.temperature_mode == "adaptive"
         temperature = adaptive_temperature(score, self.temperature) if adaptive else self.temperature
-        return softmin_weights(score, temperature, self.top_k, self.selection_scope)
+        # Ranked by similarity itself: relative to its own mean, every LoRA of an image would rank alike.
+        chosen = top_k_mask(similarity, self.top_k, self.selection_scope)
+        return softmin_weights(score.masked_fill(~chosen, torch.inf), temperature)
 
     def combine(self, predictions: Predictions) -> ComposedStep:
         weights = self.weights(predictions.eps, predictions.eps_base)
         pixels = upsample_weights(weights, predictions.cond.shape[-2:], self.patch_size, self.upsampling)
         uncond = predictions.host_uncond
-        if uncond is not None and predictions.uncond is not None:
+        if uncond is not None and self.base_share < 1:
             image_pixels = mean_over_rows(pixels, predictions.image_of_row, len(uncond))
             uncond = recenter(uncond, compose(predictions.uncond, image_pixels), self.base_share)
         return ComposedStep(compose(predictions.cond, pixels), uncond, weights)

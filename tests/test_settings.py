@@ -1,0 +1,412 @@
+"""The table of options: what is let in, what is refused and in which words, and what survives a round trip."""
+
+import copy
+import dataclasses
+import json
+import math
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loratorio_ext import core
+from loratorio_ext.errors import LoRAtorioError, SettingsError
+from loratorio_ext.settings import OPTION, OPTIONS, PRESETS, Option, Settings
+
+NUMBERS = [option for option in OPTIONS if option.kind in (int, float)]
+WHOLE = [option for option in OPTIONS if option.kind is int]
+CHOICES = [option for option in OPTIONS if option.choices]
+named = pytest.mark.parametrize
+
+
+def by_name(option):
+    return option.name if isinstance(option, Option) else None
+
+
+def valid_value(option):
+    if option.kind is bool:
+        return st.booleans()
+    if option.choices:
+        return st.sampled_from(option.choices)
+    if option.kind is int:
+        return st.integers(int(option.low), int(option.high))
+    return st.floats(option.low, option.high)
+
+
+@st.composite
+def valid_values(draw):
+    values = {option.name: draw(valid_value(option)) for option in OPTIONS}
+    if values["start"] >= values["end"]:
+        values["start"], values["end"] = sorted((values["start"], values["end"]))
+        if values["start"] == values["end"]:
+            values["start"], values["end"] = 0.0, 1.0
+    return values
+
+
+# What JSON, a form or a caller's mistake may put where an option's value belongs.
+JUNK = [
+    None,
+    "",
+    " ",
+    "nan",
+    "loratorio ",
+    "LORATORIO",
+    "1",
+    "0.5",
+    "True",
+    [],
+    [1],
+    {},
+    {"value": 1},
+    (0.5,),
+    {1},
+    b"1",
+    1j,
+    object(),
+    object,
+    math.nan,
+    math.inf,
+    -math.inf,
+    10**400,
+    -(10**400),
+    10**5000,
+    -(10**5000),
+    1e308,
+    -1e308,
+    np.array([1.0]),
+]
+
+
+def refuses(option, value):
+    """The message with which ``option`` refuses ``value``."""
+    with pytest.raises(SettingsError) as caught:
+        Settings(**{option.name: value})
+    return str(caught.value)
+
+
+class TestTable:
+    def test_names_of_the_options(self):
+        promised = {
+            "enabled", "method", "patch_size", "relativity", "temperature_mode", "temperature", "base_share",
+            "upsampling", "start", "end", "switch_every",
+        }  # fmt: skip
+        assert promised <= set(OPTION)
+        assert len(OPTION) == len(OPTIONS) == len({option.infotext_key for option in OPTIONS})
+        assert OPTIONS[0].name == "enabled", "a dict of names stands in the first place"
+
+    @named("option", OPTIONS, ids=by_name)
+    def test_every_option_explains_itself(self, option):
+        assert option.label and option.help.endswith(".")
+        assert option.infotext_key.startswith("LoRAtorio ")
+        assert not set(option.infotext_key) & set(',:"\n'), "an infotext key is read up to the next colon"
+        assert option.check(option.default) == option.default and type(option.default) is option.kind
+
+    def test_methods_are_the_cores(self):
+        assert OPTION["method"].choices == tuple(core.METHODS)
+
+    def test_ranges(self):
+        assert (OPTION["patch_size"].low, OPTION["patch_size"].high) == (1, 64)
+        assert (OPTION["temperature"].low, OPTION["temperature"].high) == (1e-4, 1e6)
+        for name in ("relativity", "base_share", "start", "end"):
+            assert (OPTION[name].low, OPTION[name].high) == (0, 1)
+
+    def test_defaults(self):
+        settings = Settings()
+        assert settings.enabled is False
+        assert settings.method == "loratorio" and settings.base_share == 0.5
+        assert (settings.start, settings.end, settings.switch_every) == (0.0, 1.0, 5)
+
+    def test_options_a_method_ignores(self):
+        assert OPTION["switch_every"].used_by("switch") and not OPTION["switch_every"].used_by("loratorio")
+        assert OPTION["patch_size"].used_by("loratorio") and not OPTION["patch_size"].used_by("composite")
+        for method in OPTION["method"].choices:
+            assert OPTION["enabled"].used_by(method) and OPTION["method"].used_by(method)
+
+    def test_import_needs_no_torch(self):
+        program = "import sys, loratorio_ext.settings; sys.exit('torch' in sys.modules)"
+        assert subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1]).returncode == 0
+
+
+class TestValues:
+    @given(valid_values())
+    def test_every_valid_value_is_taken_as_it_is(self, values):
+        settings = Settings(**values)
+        for option in OPTIONS:
+            assert getattr(settings, option.name) == values[option.name]
+            assert type(getattr(settings, option.name)) is option.kind
+
+    @named("option", NUMBERS, ids=by_name)
+    def test_both_ends_are_inside_and_the_next_number_is_not(self, option):
+        for end, away in ((option.low, -math.inf), (option.high, math.inf)):
+            assert option.check(end) == end
+            beyond = end + math.copysign(1, away) if option.kind is int else math.nextafter(end, away)
+            with pytest.raises(SettingsError):
+                option.check(beyond)
+
+    @named("option", OPTIONS, ids=by_name)
+    @named("value", JUNK, ids=lambda value: type(value).__name__)
+    def test_junk_is_refused_by_name_value_and_range(self, option, value):
+        message = refuses(option, value)
+        assert message.startswith(f"LoRAtorio: {option.name} must be {option.allowed}, got ")
+        assert len(message) < 300, "a huge value is not repeated in full"
+
+    @named("option", NUMBERS, ids=by_name)
+    def test_message_names_field_value_and_range(self, option):
+        message = refuses(option, -7.25)
+        assert option.name in message and "-7.25" in message
+        assert f"{option.low:g}" in message and f"{option.high:g}" in message
+
+    @named("option", CHOICES, ids=by_name)
+    def test_message_names_the_choices(self, option):
+        message = refuses(option, "nonsense")
+        assert option.name in message and "'nonsense'" in message
+        assert all(choice in message for choice in option.choices)
+
+    @named("option", NUMBERS, ids=by_name)
+    @named("value", [True, False])
+    def test_a_truth_value_is_no_number(self, option, value):
+        assert repr(value) in refuses(option, value)
+
+    @named("value", [0, 1, 0.0, 1.0, "true", "false", "on"])
+    def test_a_number_or_text_is_no_truth_value(self, value):
+        assert "true or false" in refuses(OPTION["enabled"], value)
+
+    @named("option", WHOLE, ids=by_name)
+    def test_whole_numbers(self, option):
+        settings = Settings(**{option.name: 4.0})
+        assert getattr(settings, option.name) == 4 and type(getattr(settings, option.name)) is int
+        assert "a whole number" in refuses(option, 4.5)
+
+    def test_a_whole_number_passes_for_a_fraction(self):
+        settings = Settings(temperature=1, base_share=0)
+        assert settings.temperature == 1.0 and type(settings.temperature) is float
+        assert type(settings.base_share) is float
+
+    def test_numpy_floats_become_plain_ones(self):
+        assert type(Settings(temperature=np.float64(0.5)).temperature) is float
+
+    def test_a_value_that_cannot_be_shown_is_refused_all_the_same(self):
+        class Unshowable:
+            def __repr__(self):
+                raise RuntimeError("no")
+
+        assert "patch_size" in refuses(OPTION["patch_size"], Unshowable())
+
+    @named("start, end", [(0.5, 0.5), (0.6, 0.4), (1.0, 1.0), (0.0, 0.0), (1, 0)])
+    def test_an_empty_window(self, start, end):
+        with pytest.raises(SettingsError, match=f"start must be less than end .*{end:g}.*, got {start:g}"):
+            Settings(start=start, end=end)
+
+    def test_the_smallest_window(self):
+        assert Settings(start=0.0, end=5e-324).end == 5e-324
+
+    def test_an_error_is_one_for_the_api(self):
+        with pytest.raises(SettingsError) as caught:
+            Settings(patch_size=0)
+        error = caught.value
+        assert isinstance(error, (LoRAtorioError, ValueError))
+        assert vars(error)["status_code"] == 422 and vars(error)["detail"] == str(error)
+
+    def test_immutable(self):
+        settings = Settings()
+        for name in (*OPTION, "another"):
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                setattr(settings, name, 1)
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                delattr(settings, name)
+        assert settings == Settings() and hash(settings) == hash(Settings())
+
+    def test_copies_and_changes_are_checked_too(self):
+        settings = Settings(patch_size=8)
+        assert pickle.loads(pickle.dumps(settings)) == copy.deepcopy(settings) == settings
+        with pytest.raises(SettingsError):
+            dataclasses.replace(settings, patch_size=65)
+
+
+class TestNamed:
+    def test_nothing_given(self):
+        assert Settings.from_mapping({}) == Settings()
+
+    @given(valid_values())
+    def test_json_round_trip(self, values):
+        settings = Settings(**values)
+        carried = json.loads(json.dumps(dataclasses.asdict(settings), allow_nan=False))
+        assert Settings.from_mapping(carried) == settings
+
+    @named("wrong, meant", [("patchsize", "patch_size"), ("Patch_Size", "patch_size"), ("methods", "method"),
+                            ("temprature", "temperature"), ("enable", "enabled"), ("presets", "preset")])  # fmt: skip
+    def test_an_unknown_name_gets_a_hint(self, wrong, meant):
+        with pytest.raises(SettingsError) as caught:
+            Settings.from_mapping({wrong: 1})
+        message = str(caught.value)
+        assert repr(wrong) in message and f"did you mean {meant}?" in message
+        assert all(option.name in message for option in OPTIONS)
+
+    @named("name", ["", "zzz", "__class__", "OPTIONS", "to_infotext", 3, None, (), "x" * 10_000], ids=type)
+    def test_a_name_like_none_is_refused_without_one(self, name):
+        with pytest.raises(SettingsError, match="there is no option") as caught:
+            Settings.from_mapping({name: 1})
+        assert "did you mean" not in str(caught.value) and len(str(caught.value)) < 500
+
+    def test_one_bad_value_among_good_ones(self):
+        with pytest.raises(SettingsError, match="relativity"):
+            Settings.from_mapping({"enabled": True, "patch_size": 4, "relativity": 1.5})
+
+    def test_over_a_base(self):
+        base = Settings(patch_size=8, relativity=0.25)
+        assert Settings.from_mapping({"patch_size": 2}, base) == Settings(patch_size=2, relativity=0.25)
+        assert base == Settings(patch_size=8, relativity=0.25)
+
+    @named("values", [None, 3, "enabled", [1], [("enabled", True)]], ids=repr)
+    def test_no_mapping_at_all(self, values):
+        with pytest.raises(SettingsError):
+            Settings.from_mapping(values)
+
+
+class TestPresets:
+    @named("name", PRESETS)
+    def test_every_preset_is_valid_and_leaves_the_switch_alone(self, name):
+        assert Settings.from_mapping({"preset": name}).enabled is False
+        assert Settings.from_mapping({"preset": name, "enabled": True}).enabled is True
+
+    def test_paper_is_the_literal_form(self):
+        paper = Settings.from_mapping({"preset": "paper"})
+        assert paper.method == "loratorio" and paper.temperature_mode == "fixed" and paper.temperature == 1.0
+        assert paper.relativity == 0 and paper.base_share == 0.5 and paper.upsampling == "nearest"
+        assert paper.top_k == 0 and (paper.start, paper.end) == (0, 1)
+
+    def test_options_beside_a_preset_win_in_either_order(self):
+        first = Settings.from_mapping({"preset": "paper", "temperature": 0.1})
+        last = Settings.from_mapping({"temperature": 0.1, "preset": "paper"})
+        assert first == last and first.temperature == 0.1 and first.temperature_mode == "fixed"
+
+    def test_a_preset_wins_over_its_base(self):
+        base = Settings(relativity=1.0, patch_size=2)
+        settings = Settings.from_mapping({"preset": "paper"}, base)
+        assert settings.relativity == 0 and settings.patch_size == 2
+
+    def test_default_is_the_default(self):
+        assert Settings.from_mapping({"preset": "default"}) == Settings()
+
+    @named("value", ["Paper", "", None, 1, True, [], {}, ["paper"], math.nan, 10**5000], ids=type)
+    def test_unknown_presets(self, value):
+        with pytest.raises(SettingsError, match="preset must be one of default, paper"):
+            Settings.from_mapping({"preset": value})
+
+
+class TestArgs:
+    VALUES = [True, "switch", 8, "fixed", 0.7, 0.25, "bilinear", 0.75, 3, "patch", 9, 0.125, 0.875]
+
+    def test_the_examples_differ_from_the_defaults(self):
+        assert len(self.VALUES) == len(OPTIONS)
+        assert all(value != option.default for value, option in zip(self.VALUES, OPTIONS))
+
+    @named("length", range(len(OPTIONS) + 1))
+    def test_positional_lists_of_every_length(self, length):
+        settings = Settings.from_args(self.VALUES[:length])
+        for index, option in enumerate(OPTIONS):
+            expected = self.VALUES[index] if index < length else option.default
+            assert getattr(settings, option.name) == expected
+
+    def test_tuples_too(self):
+        assert Settings.from_args(tuple(self.VALUES)) == Settings.from_args(self.VALUES)
+
+    @named("extra", [[1], [None] * 50])
+    def test_too_many(self, extra):
+        with pytest.raises(SettingsError, match=f"at most {len(OPTIONS)} values, got {len(OPTIONS) + len(extra)}"):
+            Settings.from_args([*self.VALUES, *extra])
+
+    @named("index", range(len(OPTIONS)))
+    def test_a_bad_value_is_named_by_its_place(self, index):
+        values = list(self.VALUES)
+        values[index] = None
+        with pytest.raises(SettingsError, match=f"LoRAtorio: {OPTIONS[index].name} must be"):
+            Settings.from_args(values)
+
+    def test_a_dict_first(self):
+        assert Settings.from_args([{"enabled": True, "patch_size": 8}]) == Settings(enabled=True, patch_size=8)
+        assert Settings.from_args([{}]) == Settings()
+        assert Settings.from_args([{"preset": "paper", "enabled": True}]).temperature == 1.0
+
+    def test_a_dict_wins_over_the_values_that_follow(self):
+        settings = Settings.from_args([{"enabled": True, "method": "merge"}, *self.VALUES[1:]])
+        assert settings.method == "merge" and settings.enabled is True and settings.patch_size == 8
+
+    def test_a_dict_first_does_not_switch_on_by_itself(self):
+        assert Settings.from_args([{"patch_size": 8}, *self.VALUES[1:]]).enabled is False
+
+    def test_a_dict_elsewhere_is_a_bad_value(self):
+        with pytest.raises(SettingsError, match="method"):
+            Settings.from_args([True, {"patch_size": 8}])
+
+    def test_a_dict_with_too_many_behind_it(self):
+        with pytest.raises(SettingsError, match="at most"):
+            Settings.from_args([{}, *self.VALUES])
+
+    @named("args", [None, 3, "ab", {"enabled": True}, True], ids=repr)
+    def test_no_list_at_all(self, args):
+        with pytest.raises(SettingsError):
+            Settings.from_args(args)
+
+    @given(valid_values())
+    def test_what_the_ui_holds_comes_back(self, values):
+        carried = json.loads(json.dumps([values[option.name] for option in OPTIONS]))
+        assert Settings.from_args(carried) == Settings(**values)
+
+
+class TestInfotext:
+    @given(valid_values())
+    def test_round_trip(self, values):
+        settings = Settings(**values)
+        written = settings.to_infotext()
+        read = Settings.from_infotext({"Steps": "20", "Sampler": "Euler a", **written})
+        assert read == (settings if settings.enabled else Settings())
+        assert all(isinstance(value, str) for value in written.values())
+
+    def test_only_what_differs_from_the_defaults_is_written(self):
+        assert Settings(enabled=True).to_infotext() == {"LoRAtorio enabled": "True"}
+        assert Settings(enabled=True, patch_size=8, method="switch").to_infotext() == {
+            "LoRAtorio enabled": "True",
+            "LoRAtorio method": "switch",
+            "LoRAtorio patch size": "8",
+        }
+
+    def test_off_writes_nothing_and_reads_as_off(self):
+        assert Settings(patch_size=8).to_infotext() == {}
+        assert Settings.from_infotext({}).enabled is False
+        assert Settings.from_infotext({"Steps": "20", "Lora hashes": "a: b"}) == Settings()
+
+    @named("text, value", [("true", True), ("True", True), (" FALSE ", False), ("false", False)])
+    def test_truth_values_in_words(self, text, value):
+        assert Settings.from_infotext({"LoRAtorio enabled": text}).enabled is value
+
+    @named("text, value", [("8", 8), ("8.0", 8), (" 8 ", 8)])
+    def test_whole_numbers_in_words(self, text, value):
+        assert Settings.from_infotext({"LoRAtorio patch size": text}).patch_size == value
+
+    @named("option", OPTIONS, ids=by_name)
+    @named(
+        "text",
+        ["", "nan", "inf", "-inf", "1e400", "None", "yes", "1,5", "[1]", "9" * 5000, "\N{ARTIST PALETTE}"],
+        ids=lambda text: ascii(text)[:9] if isinstance(text, str) else None,
+    )
+    def test_junk_is_refused_by_name(self, option, text):
+        with pytest.raises(SettingsError) as caught:
+            Settings.from_infotext({option.infotext_key: text})
+        message = str(caught.value)
+        assert message.startswith(f"LoRAtorio: {option.name} must be {option.allowed}, got ") and len(message) < 300
+
+    @named("value", [None, [], {}, b"1"], ids=repr)
+    @named("option", OPTIONS, ids=by_name)
+    def test_what_is_no_text_is_refused_too(self, option, value):
+        with pytest.raises(SettingsError, match=option.name):
+            Settings.from_infotext({option.infotext_key: value})
+
+    def test_an_empty_window_is_refused(self):
+        with pytest.raises(SettingsError, match="start"):
+            Settings.from_infotext({"LoRAtorio start": "0.9", "LoRAtorio end": "0.1"})
