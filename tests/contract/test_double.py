@@ -20,12 +20,17 @@ def webui(tmp_path_factory):
         yield double
 
 
+@pytest.fixture(scope="module")
+def plain(webui):
+    """The image without a LoRA, before anything else has happened."""
+    return webui.txt2img(prompt=PROMPT)
+
+
 @pytest.fixture(autouse=True)
-def untouched(webui):
-    """Around every test the plain image is the same, whatever happened meanwhile."""
-    plain = webui.txt2img(prompt=PROMPT).images[0]
+def untouched(webui, plain):
+    """After every test the plain image is the same still, and nothing is left registered."""
     yield
-    assert np.array_equal(plain, webui.txt2img(prompt=PROMPT).images[0])
+    assert difference(plain, webui.txt2img(prompt=PROMPT)) == 0
     callbacks = webui.module("modules.script_callbacks").callbacks
     assert {name: len(registered) for name, registered in callbacks.items()} == {
         "cfg_denoiser": 1,  # the reference script's
@@ -124,9 +129,9 @@ def test_extension_composes_from_an_image(webui, payload, masked):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
-def test_every_kind_of_lora_changes_the_image_and_composes(webui, recipe):
+def test_every_kind_of_lora_changes_the_image_and_composes(webui, plain, recipe):
     before = len(webui.log())
-    plain, merged = (webui.txt2img(prompt=f"{PROMPT}{tag}") for tag in ("", f" <lora:{recipe.name}:1>"))
+    merged = webui.txt2img(prompt=f"{PROMPT} <lora:{recipe.name}:1>")
     assert difference(plain, merged) > 10
     assert f'Lora hashes: "{recipe.name}:' in merged.infotext
     assert "Networks with errors" not in webui.log()[before:]
@@ -184,9 +189,8 @@ def test_refusals(webui, scripts, status, text):
     assert text in caught.value.body
 
 
-def test_exceptions_in_scripts_and_callbacks_are_only_logged(webui):
+def test_exceptions_in_scripts_and_callbacks_are_only_logged(webui, plain):
     callbacks = webui.module("modules.script_callbacks")
-    plain = webui.txt2img(prompt=PROMPT)
 
     def fail(params):
         raise ValueError("as expected")

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,16 @@ layer_of_key: dict[str, str] = {}
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=64)
+def read(path: Path, changed: int) -> tuple[dict[str, Tensor], str]:
+    """A file's tensors and its hash. The host reads it again each time; here only what is made of it is made anew."""
+    return load_file(path), hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 class NetworkOnDisk:
     def __init__(self, name: str, path: Path):
         self.name, self.filename = name, str(path)
-        self.hash = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.weights, self.hash = read(path, path.stat().st_mtime_ns)
         self.shorthash = self.hash[:12]
 
 
@@ -51,7 +58,7 @@ def load_network(name: str, path: Path) -> Network:
     network = Network(name, NetworkOnDisk(name, path))
     mapping = shared.sd_model.network_layer_mapping
     weights: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in load_file(path).items():
+    for key, tensor in network.network_on_disk.weights.items():
         layer, _, part = key.partition(".")
         if layer == "bundle_emb":
             embedding = part.split(".")[0]
@@ -247,11 +254,11 @@ class LowRank(NetworkModule):
         weight, layer = self.w[key], self.sd_module
         if isinstance(layer, nn.Linear):
             weight = weight.flatten(1)
-            module = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+            module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         elif isinstance(layer, nn.Conv2d):
             weight = weight if weight.ndim == 4 else weight[:, :, None, None]
             wide = {"stride": layer.stride, "padding": layer.padding} if weight.shape[2:] != (1, 1) else {}
-            module = nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[2:], bias=False, **wide)
+            module = nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[2:], bias=False, device="meta", **wide)
         else:
             raise AssertionError(f"Lora layer {self.sd_key} matched a layer with unsupported type")
         module.weight = nn.Parameter(weight, requires_grad=False)
