@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from loratorio_ext.settings import Settings
-from tests.contract.double import RECIPES, Double, RequestError
+from tests.contract.double import Double, RequestError
+from tests.live.lora_files import CATALOGUE
+from tests.live.webui import encode_image
 
 PROMPT = "a cat on a hill"
 TWO = f"{PROMPT} <lora:locon:0.8> <lora:down_blocks:1:0.7>"
@@ -118,8 +120,12 @@ def test_extension_composes_from_an_image(webui, payload, masked):
     if masked:
         mask = np.zeros_like(image)
         mask[16:48, 24:] = 255
-        encoded = sys.modules["tests.live.webui"].encode_image(mask)
-        payload = payload | {"mask": encoded, "inpaint_full_res": False, "inpainting_fill": 1, "mask_blur": 2}
+        payload = payload | {
+            "mask": encode_image(mask),
+            "inpaint_full_res": False,
+            "inpainting_fill": 1,
+            "mask_blur": 2,
+        }
     ours, reference = composed(webui, image=image, denoising_strength=0.8, **payload)
     assert difference(ours, reference) <= 2
     changed = np.abs(ours.images[0].astype(int) - image)
@@ -128,7 +134,7 @@ def test_extension_composes_from_an_image(webui, payload, masked):
         assert changed[:8].max() <= 1
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("recipe", CATALOGUE, ids=lambda recipe: recipe.name)
 def test_every_kind_of_lora_changes_the_image_and_composes(webui, plain, recipe):
     before = len(webui.log())
     merged = webui.txt2img(prompt=f"{PROMPT} <lora:{recipe.name}:1>")
@@ -145,10 +151,14 @@ def test_other_methods(webui, method):
     assert difference(ours, reference) <= 2
 
 
-def test_a_velocity_model(tmp_path):
-    with Double(tmp_path, parameterization="v") as webui:
-        for sampler in ("Euler", "DDIM"):
-            assert difference(*composed(webui, sampler_name=sampler)) <= 2
+@pytest.mark.parametrize("family", ["sd2v", "sdxl"])
+def test_other_models(tmp_path, family):
+    with Double(tmp_path, family=family) as webui:
+        for row in ("plain", "DDIM", "AND", "hires"):
+            assert difference(*composed(webui, **ROWS[row])) <= 2
+        for options in PADDING:
+            payload = {"prompt": LONG + TWO, "override_settings": PLAIN_OPTIONS | options}
+            assert difference(*composed(webui, **payload)) <= 2
 
 
 def test_a_listed_lora_is_in_the_weights(webui):

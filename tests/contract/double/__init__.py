@@ -23,17 +23,14 @@ from typing import Any
 import numpy as np
 from safetensors.torch import save_file
 
-from tests.live.lora_files import CATALOGUE, diffusers_path, key_name, write_catalogue
+from tests.live.lora_files import diffusers_path, key_name, write_catalogue
 from tests.live.webui import PAYLOAD, Generation, RequestError, encode_image
 
-__all__ = ["Double", "Generation", "RequestError", "RECIPES"]
+__all__ = ["Double", "Generation", "RequestError"]
 
 HOST = Path(__file__).parent / "host"
 ROOT = Path(__file__).parents[3]
 EXTENSIONS = (ROOT, ROOT / "tests" / "live" / "reference_extension")
-
-RECIPES = tuple(recipe for recipe in CATALOGUE if recipe.kind != "boft")
-"""The LoRA files of every double, by the names that the live kit gives them."""
 
 
 @contextmanager
@@ -79,13 +76,15 @@ def logging_to(lines: list[str]):
 
 
 class Double:
-    """The host, while entered. ``folder``: where its files go. ``parameterization``: the model's, eps or v."""
+    """The host, while entered. ``data``: where its files go.
 
-    def __init__(self, folder: Path, extensions: Iterable[Path] = EXTENSIONS, parameterization: str = "eps"):
-        self.loras = Path(folder) / "models" / "Lora"
-        self.checkpoint = Path(folder) / "models" / "Stable-diffusion" / "tiny.safetensors"
+    ``family`` is the model's: sd1; sd2v, which predicts velocity; sdxl, whose conditionings are dicts.
+    """
+
+    def __init__(self, data: Path, extensions: Iterable[Path] = EXTENSIONS, family: str = "sd1"):
+        self.data = Path(data)
         self.extensions = tuple(extensions)
-        self.parameterization = parameterization
+        self.family = family
         self._stack = ExitStack()
 
     def __enter__(self) -> "Double":
@@ -129,7 +128,7 @@ class Double:
     def _start(self) -> None:
         """Load the model, write the LoRA files, load the extensions and build their UI."""
         shared, models = self.module("modules.shared"), self.module("modules.sd_models")
-        shared.sd_model = models.load_model(self.parameterization)
+        shared.sd_model = models.load_model(self.family)
         self._write_files(shared.sd_model)
         extra_networks = self.module("modules.extra_networks")
         extra_networks.extra_network_registry["lora"] = self.module("extra_networks_lora").ExtraNetworkLora()
@@ -139,16 +138,17 @@ class Double:
 
     def _write_files(self, model: Any) -> None:
         """The checkpoint, and the LoRA files that the live kit makes for it."""
-        parts = ("model.", "cond_stage_model.")
-        weights = {key: value for key, value in model.state_dict().items() if key.startswith(parts)}
-        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        save_file(weights, self.checkpoint)
-        write_catalogue(self.checkpoint, self.loras, RECIPES)
-
         networks = self.module("networks")
-        networks.folder = self.loras
+        networks.folder = self.data / "models" / "Lora"
+        checkpoint = self.data / "models" / "Stable-diffusion" / f"tiny-{self.family}.safetensors"
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        save_file(model.state_dict(), checkpoint)
+        write_catalogue(checkpoint, networks.folder)
+
+        own_names = (("diffusion_model", "lora_unet"), ("diffusion_model", "oft_unet"))
+        own_names += (("0_transformer", "lora_te1"), ("transformer", "lora_te"))
         for name in model.network_layer_mapping:
-            for own, in_files in (("diffusion_model", "oft_unet"), ("transformer", "lora_te")):
+            for own, in_files in own_names:
                 networks.layer_of_key[name.replace(own, in_files, 1)] = name
         unet = model.model.diffusion_model
         for path in (name.removesuffix(".weight") for name, _ in unet.named_parameters() if name.endswith(".weight")):

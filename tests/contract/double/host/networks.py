@@ -342,7 +342,7 @@ class GLoRA(NetworkModule):
 
 
 class Rotation(NetworkModule):
-    """OFT: blocks of outputs rotated. Butterflies are not known here."""
+    """OFT: blocks of outputs rotated, once, or in several rounds over outputs that are shuffled in between (BOFT)."""
 
     needs = ({"oft_blocks"}, {"oft_diag"})
 
@@ -350,22 +350,33 @@ class Rotation(NetworkModule):
         return 1.0
 
     def change(self, weight: Tensor) -> Tensor:
-        rotations = self.w.get("oft_diag")
-        if rotations is None:
-            blocks = self.w["oft_blocks"]
-            if blocks.ndim != 3:
-                raise RuntimeError("butterfly OFT is not known here")
-            skew = blocks - blocks.transpose(1, 2)
-            if self.alpha:
-                norm = skew.norm()
-                skew = skew * (norm.clamp(max=self.alpha * len(weight)) + 1e-8) / (norm + 1e-8)
-            eye = torch.eye(skew.shape[1])
-            rotations = (eye + skew) @ torch.linalg.inv(eye - skew)
-        groups = weight.reshape(len(rotations), rotations.shape[1], -1)
-        rotated = (rotations.transpose(1, 2) @ groups).reshape(weight.shape)
+        rotations, rotated = self.rotations(len(weight)), weight.flatten(1)
+        if rotations.ndim == 3:
+            rotated = turn(rotations.transpose(1, 2), rotated)
+        else:
+            for number, blocks in enumerate(rotations):
+                distance = 2**number * blocks.shape[-1] // 2
+                rotated = rotated.unflatten(0, (-1, 2, distance)).transpose(1, 2).flatten(0, 2)
+                rotated = turn(blocks, rotated).unflatten(0, (-1, distance, 2)).transpose(1, 2).flatten(0, 2)
         if "rescale" in self.w:
-            rotated = rotated * self.w["rescale"].reshape(-1, *[1] * (weight.ndim - 1))
-        return rotated - weight
+            rotated = rotated * self.w["rescale"].reshape(-1, 1)
+        return rotated.reshape(weight.shape) - weight
+
+    def rotations(self, outputs: int) -> Tensor:
+        """``[blocks, n, n]``, or ``[rounds, blocks, n, n]``."""
+        if "oft_diag" in self.w:
+            return self.w["oft_diag"]
+        skew = self.w["oft_blocks"] - self.w["oft_blocks"].transpose(-1, -2)
+        if self.alpha:
+            norm = skew.norm()
+            skew = skew * (norm.clamp(max=self.alpha * outputs) + 1e-8) / (norm + 1e-8)
+        eye = torch.eye(skew.shape[-1])
+        return (eye + skew) @ torch.linalg.inv(eye - skew)
+
+
+def turn(blocks: Tensor, rows: Tensor) -> Tensor:
+    """``blocks [b, n, n]`` applied to groups of n of the ``rows [b * n, ...]``."""
+    return (blocks @ rows.unflatten(0, blocks.shape[:2])).flatten(0, 1)
 
 
 class Full(NetworkModule):

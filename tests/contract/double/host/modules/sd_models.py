@@ -1,8 +1,9 @@
-"""A tiny latent diffusion model with random weights, laid out and named like Stable Diffusion 1."""
+"""A tiny latent diffusion model with random weights, laid out and named like Stable Diffusion's."""
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import networks
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from modules.prompt_parser import SdConditioning
 from modules.sd_hijack import model_hijack
 
 WIDTH = 16
@@ -175,6 +177,12 @@ class SpatialTransformer(nn.Module):
         return x + self.proj_out(rows.transpose(1, 2).reshape(x.shape))
 
 
+def waves(numbers: Tensor) -> Tensor:
+    """Numbers up to some thousands to vectors ``[..., WIDTH]``."""
+    angles = numbers.float()[..., None] * torch.exp(torch.linspace(0, -math.log(10000), WIDTH // 2))
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
 class UNet(nn.Module):
     """Most of what it predicts is its input, so that noise falls as it should, to an image of middling contrast."""
 
@@ -191,10 +199,10 @@ class UNet(nn.Module):
         self.output_blocks = nn.ModuleList([nn.ModuleList([ResBlock(2 * WIDTH, WIDTH), SpatialTransformer()])])
         self.out = nn.Sequential(GroupNorm(4, WIDTH), nn.SiLU(), Conv2d(WIDTH, 4, 3, padding=1))
 
-    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        frequencies = torch.exp(torch.linspace(0, -math.log(10000), WIDTH // 2))
-        angles = timesteps.float()[:, None] * frequencies
-        emb = self.time_embed(torch.cat([angles.sin(), angles.cos()], dim=1))
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, vector: Tensor | None = None) -> Tensor:
+        emb = self.time_embed(waves(timesteps))
+        if vector is not None:
+            emb = emb + vector
         entered = self.input_blocks[0][0](x)
         hidden = entered
         for block in [*self.input_blocks[1], *self.middle_block]:
@@ -214,23 +222,28 @@ class DiffusionWrapper(nn.Module):
         super().__init__()
         self.diffusion_model = UNet()
 
-    def forward(self, x: Tensor, t: Tensor, c_crossattn: list[Tensor], c_concat: list[Tensor]) -> Tensor:
+    def forward(self, x, t, c_concat, c_crossattn=None, crossattn=None, vector=None) -> Tensor:
         if len(c_concat[0]) < len(x):
             raise ValueError(f"image conditioning of {len(c_concat[0])} rows for {len(x)}")
-        return self.diffusion_model(x, t, torch.cat(c_crossattn, dim=1))
+        return self.diffusion_model(x, t, crossattn if c_crossattn is None else torch.cat(c_crossattn, dim=1), vector)
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    name: str
 
 
 class LatentDiffusion(nn.Module):
-    """The model: ``parameterization`` says whether the UNet predicts noise (eps) or velocity (v)."""
+    """The model. ``parameterization`` says whether the UNet predicts noise (eps) or velocity (v)."""
 
     cond_stage_key = "txt"
     is_sdxl = is_sd3 = False
 
-    def __init__(self, parameterization: str):
+    def __init__(self, family: str):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.cond_stage_model = TextEncoder()
+            self.add_text_encoder(TextEncoder())
             self.model = DiffusionWrapper()
             for layer in self.modules():
                 if isinstance(layer, (GroupNorm, LayerNorm)):
@@ -239,13 +252,21 @@ class LatentDiffusion(nn.Module):
                 elif isinstance(layer, (Linear, Conv2d)):
                     nn.init.normal_(layer.weight, 0.0, layer.weight[0].numel() ** -0.5)
             self.pixels = 0.12 * torch.randn(3 * 8 * 8, 4)
-        self.parameterization = parameterization
-        self.sd_checkpoint_info = ("tiny", parameterization)
+        self.parameterization = "v" if family == "sd2v" else "eps"
+        self.sd_checkpoint_info = CheckpointInfo(f"tiny-{family}")
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
         self.alphas_cumprod = (1 - betas).cumprod(0).float()
         self.requires_grad_(False)
 
-    def get_learned_conditioning(self, texts: Sequence[str]) -> Tensor:
+    def add_text_encoder(self, encoder: TextEncoder) -> None:
+        self.cond_stage_model = encoder
+
+    def text_layers(self) -> Iterator[tuple[str, nn.Module]]:
+        """The text encoder's layers by the names that LoRAs find them by."""
+        for path, layer in self.cond_stage_model.named_modules():
+            yield path.replace(".", "_"), layer
+
+    def get_learned_conditioning(self, texts: SdConditioning) -> Any:
         return self.cond_stage_model(texts)
 
     def apply_model(self, x: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
@@ -261,14 +282,41 @@ class LatentDiffusion(nn.Module):
         return torch.einsum("cp, bphw -> bchw", inverse, F.pixel_unshuffle(pixels, 8))
 
 
-def load_model(parameterization: str) -> LatentDiffusion:
+class DiffusionEngine(LatentDiffusion):
+    """The model after SDXL's manner: conditionings are dicts, of the tokens' vectors and one for text and image size.
+
+    An empty negative prompt is all zeros there.
+    """
+
+    is_sdxl = True
+
+    def add_text_encoder(self, encoder: TextEncoder) -> None:
+        self.conditioner = nn.Module()
+        self.conditioner.embedders = nn.ModuleList([encoder])
+
+    def text_layers(self) -> Iterator[tuple[str, nn.Module]]:
+        for path, layer in self.conditioner.embedders.named_modules():
+            yield path.replace(".", "_"), layer
+
+    def get_learned_conditioning(self, texts: SdConditioning) -> dict[str, Tensor]:
+        crossattn = self.conditioner.embedders[0](texts)
+        if texts.is_negative_prompt and not any(texts):
+            crossattn = torch.zeros_like(crossattn)
+        size = waves(torch.tensor([texts.width or 1024, texts.height or 1024])).sum(dim=0)
+        return {"crossattn": crossattn, "vector": crossattn.mean(dim=1) + size}
+
+
+FAMILIES = {"sd1": LatentDiffusion, "sd2v": LatentDiffusion, "sdxl": DiffusionEngine}
+
+
+def load_model(family: str) -> LatentDiffusion:
     """The model with the host's names on its layers, and the conditioning of the empty prompt."""
-    model = LatentDiffusion(parameterization)
-    model.network_layer_mapping = {}
-    for part in (model.cond_stage_model, model.model):
-        for path, layer in part.named_modules():
-            name = path.replace(".", "_")
-            layer.network_layer_name = name
-            model.network_layer_mapping[name] = layer
-    model.cond_stage_model_empty_prompt = model.get_learned_conditioning([""])
+    model = FAMILIES[family](family)
+    model.network_layer_mapping = dict(model.text_layers())
+    for path, layer in model.model.named_modules():
+        model.network_layer_mapping[path.replace(".", "_")] = layer
+    for name, layer in model.network_layer_mapping.items():
+        layer.network_layer_name = name
+    empty = model.get_learned_conditioning(SdConditioning([""]))
+    model.cond_stage_model_empty_prompt = empty["crossattn"] if model.is_sdxl else empty
     return model

@@ -1,6 +1,6 @@
 """Classifier-free guidance: one call of the model with the rows of all prompts, and what becomes of its output."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,14 @@ def catenate_conds(conds: Sequence) -> Any:
     if isinstance(conds[0], dict):
         return {key: torch.cat([cond[key] for cond in conds]) for key in conds[0]}
     return torch.cat(list(conds))
+
+
+def change_tokens(cond: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The conditioning with its tokens' vectors changed; one of several tensors is, as in the host, changed itself."""
+    if not isinstance(cond, dict):
+        return change(cond)
+    cond["crossattn"] = change(cond["crossattn"])
+    return cond
 
 
 def subscript_cond(cond: Any, a: int, b: int) -> Any:
@@ -37,22 +45,29 @@ class CFGDenoiser(nn.Module):
         self.last_noise_uncond = None
         self.padded_cond_uncond = self.padded_cond_uncond_v0 = False
 
-    def pad_cond_uncond(self, cond: Tensor, uncond: Tensor) -> tuple[Tensor, Tensor]:
+    def pad_cond_uncond(self, cond: Any, uncond: Any) -> tuple[Any, Any]:
         """The shorter one is filled up with the empty prompt's vectors."""
         empty = shared.sd_model.cond_stage_model_empty_prompt
         missing = (cond.shape[1] - uncond.shape[1]) // empty.shape[1]
         self.padded_cond_uncond |= missing != 0
+
+        def padded(text: Tensor, times: int) -> Tensor:
+            return torch.cat([text, empty.repeat(len(text), max(times, 0), 1)], dim=1)
+
         return (
-            torch.cat([cond, empty.repeat(len(cond), max(-missing, 0), 1)], dim=1),
-            torch.cat([uncond, empty.repeat(len(uncond), max(missing, 0), 1)], dim=1),
+            change_tokens(cond, lambda text: padded(text, -missing)),
+            change_tokens(uncond, lambda text: padded(text, missing)),
         )
 
-    def pad_cond_uncond_v0(self, cond: Tensor, uncond: Tensor) -> tuple[Tensor, Tensor]:
+    def pad_cond_uncond_v0(self, cond: Any, uncond: Any) -> tuple[Any, Any]:
         """The negative is cut, or filled up with its last vector."""
         length = cond.shape[1]
         self.padded_cond_uncond_v0 |= uncond.shape[1] != length
-        uncond = torch.cat([uncond, uncond[:, -1:].repeat(1, max(length - uncond.shape[1], 0), 1)], dim=1)
-        return cond, uncond[:, :length]
+
+        def fitted(text: Tensor) -> Tensor:
+            return torch.cat([text, text[:, -1:].repeat(1, max(length - text.shape[1], 0), 1)], dim=1)[:, :length]
+
+        return cond, change_tokens(uncond, fitted)
 
     def blend(self, latent: Tensor) -> Tensor:
         """The masked part of the latents, in the original's."""
@@ -100,23 +115,24 @@ class CFGDenoiser(nn.Module):
         elif opts.pad_cond_uncond:
             text, uncond = self.pad_cond_uncond(text, uncond)
 
-        def evaluate(cond: Any, first: int, rows: int) -> Tensor:
-            """The model's output for all rows of ``cond``, which begin at ``first``, so many ``rows`` a call."""
+        def evaluate(cond: Any, first: int, last: int, rows: int) -> Tensor:
+            """The model's output for rows ``first`` to ``last``, with ``cond`` for them, so many ``rows`` a call."""
             outputs = []
-            for start in range(0, cond.shape[0], rows):
-                stop = min(start + rows, cond.shape[0])
-                here = slice(first + start, first + stop)
+            for start in range(first, last, rows):
+                here = slice(start, min(start + rows, last))
                 others = image_cond if rows == len(x_in) else image_cond[here]
-                part = {"c_crossattn": [subscript_cond(cond, start, stop)], "c_concat": [others]}
-                outputs.append(self.inner_model(x_in[here], sigma_in[here], cond=part))
+                part = subscript_cond(cond, start - first, here.stop - first)
+                part = part if isinstance(part, dict) else {"c_crossattn": [part]}
+                outputs.append(self.inner_model(x_in[here], sigma_in[here], cond={**part, "c_concat": [others]}))
             return torch.cat(outputs)
 
         if skip or text.shape[1] == uncond.shape[1]:
             rows = text if skip else catenate_conds([text, uncond])
-            output = evaluate(rows, 0, len(x_in) if opts.batch_cond_uncond else batch)
+            output = evaluate(rows, 0, len(x_in), len(x_in) if opts.batch_cond_uncond else batch)
         else:
-            output = evaluate(text, 0, 2 * batch if opts.batch_cond_uncond else batch)
-            output = torch.cat([output, evaluate(uncond, text.shape[0], batch)])
+            conds = len(x_in) - batch
+            output = evaluate(text, 0, conds, 2 * batch if opts.batch_cond_uncond else batch)
+            output = torch.cat([output, evaluate(uncond, conds, len(x_in), batch)])
         first_rows = [rows[0][0] for rows in conds_list]
         if skip:
             output = torch.cat([output, output[first_rows]])
