@@ -64,7 +64,9 @@ def build_ui(tab: str) -> tuple[list, list]:
         by_name[option.name].visible = option.used_by(OPTION["method"].default)
     outputs = [by_name[option.name] for option in dependent]
     method.change(show_used, inputs=[method], outputs=outputs, show_progress=False)
-    preset.input(fill_in, inputs=[preset], outputs=[by_name[option.name] for option in OPTIONS[1:]], show_progress=False)
+    preset.input(
+        fill_in, inputs=[preset], outputs=[by_name[option.name] for option in OPTIONS[1:]], show_progress=False
+    )
 
     infotext_fields = [(by_name[option.name], option_reader(option)) for option in OPTIONS]
     return [by_name[option.name] for option in OPTIONS], infotext_fields

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loratorio_ext import core
+from loratorio_ext.settings import OPTIONS, Settings
 from tests import oracle
 
 TOLERANCE = 1e-5
@@ -850,6 +851,26 @@ class TestBaselines:
         assert torch.equal(result.cond, predictions.host_cond)
         assert torch.equal(result.uncond, predictions.host_uncond)
         assert result.weights is None
+
+
+class TestMethodFromSettings:
+    def test_every_method_gets_the_options_of_its_name(self):
+        chosen = Settings(
+            patch_size=7, temperature=0.7, relativity=0.25, upsampling="bilinear", base_share=0.75, top_k=3
+        )
+        assert core.method_from(chosen) == core.LoRAtorio(7, 0.7, "adaptive", 0.25, 0.75, "bilinear", 3, "image")
+        paper = Settings.from_mapping({"preset": "paper"})
+        assert core.method_from(paper) == core.LoRAtorio(
+            paper.patch_size, 1.0, "fixed", 0.0, 0.5, "nearest", 0, "image"
+        )
+        assert core.method_from(Settings(method="switch", switch_every=3)).plan(3, 2).host == 1
+        assert core.method_from(Settings(method="composite")) == core.Composite()
+        assert core.method_from(Settings(method="merge")) == core.Merge()
+
+    def test_an_option_a_method_uses_says_so(self):
+        for name in ("loratorio", "composite", "switch", "merge"):
+            fields = set(vars(core.method_from(Settings(method=name))))
+            assert fields == {option.name for option in OPTIONS if option.methods == (name,)}
 
 
 def test_the_oracle_itself_on_a_case_done_by_hand():

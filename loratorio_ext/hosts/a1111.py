@@ -70,7 +70,9 @@ def is_text_encoder(module: Any) -> bool:
 
 def speaks_to_text_encoder(lora: Any) -> bool:
     """Whether a LoRA changes what the text encoders say at all."""
-    return bool(lora.bundle_embeddings) or (lora.te_multiplier != 0 and any(map(is_text_encoder, lora.modules.values())))
+    return bool(lora.bundle_embeddings) or (
+        lora.te_multiplier != 0 and any(map(is_text_encoder, lora.modules.values()))
+    )
 
 
 def low_rank(module: Any, layer: nn.Module) -> LowRank | None:
@@ -306,7 +308,9 @@ class A1111Sampling:
             image_of_row=image_of_row,
         )
 
-    def evaluate_isolated(self, x: Tensor, sigma: Tensor, conds: int, with_uncond: bool) -> tuple[Tensor, Tensor | None]:
+    def evaluate_isolated(
+        self, x: Tensor, sigma: Tensor, conds: int, with_uncond: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """The plan's LoRAs, each alone: ``[N, conds, C, H, W]``, and ``[N, B, C, H, W]`` where asked for."""
         group = self.plan.isolated
         if not group:

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 class LowRank:
     """``dW = scale * up @ [mid] @ down``, for Linear and Conv2d layers.
 
-    ``down``: ``[r, in]`` or ``[r, in, kh, kw]``; ``up``: ``[out, r]``; ``mid`` (CP decomposition of a convolution):
-    ``[r, r', kh, kw]`` with ``down`` then ``[r', in]``.
+    ``down``: ``[r, in]``, ``[r, in, kh, kw]`` or that flattened to ``[r, in * kh * kw]``; ``up``: ``[out, r]``; ``mid``
+    (CP decomposition of a convolution): ``[r, r', kh, kw]`` with ``down`` then ``[r', in]``. Matrices may have trailing
+    dimensions of one.
     """
 
     down: Tensor
@@ -48,9 +49,16 @@ class LinearBranches:
     """
 
     def __init__(self, branches: Sequence[LowRank], positions: Sequence[int], group_size: int, like: Tensor):
-        rank = max(branch.down.shape[0] for branch in branches)
-        downs = [branch.down.flatten(1).to(like) for branch in branches]
+        def to_rank(branch: LowRank) -> Tensor:
+            down = branch.down.flatten(1).to(like)
+            return down if branch.mid is None else branch.mid.flatten(1).to(like) @ down
+
+        downs = [to_rank(branch) for branch in branches]
         ups = [(branch.up.flatten(1).to(like) * branch.scale) for branch in branches]
+        for down, up in zip(downs, ups):
+            if up.shape[1] != down.shape[0]:
+                raise ValueError(f"up {tuple(up.shape)} and down {tuple(down.shape)} differ in rank")
+        rank = max(down.shape[0] for down in downs)
         self.down = torch.stack([F.pad(down, (0, 0, 0, rank - down.shape[0])).T for down in downs])
         self.up = torch.stack([F.pad(up, (0, rank - up.shape[1])).T for up in ups])
         self.positions, self.group_size = positions, group_size
@@ -95,6 +103,8 @@ class ConvBranches:
         for position, down, mid, up in self.parts:
             hidden = xs[position].to(out.dtype)
             if mid is None:
+                if down.shape[1] != layer.in_channels:  # a whole kernel in linear shape
+                    down = down.reshape(len(down), layer.in_channels, *layer.kernel_size)
                 hidden = layer._conv_forward(hidden, down, None)
             else:
                 hidden = layer._conv_forward(F.conv2d(hidden, down), mid, None)

@@ -7,10 +7,11 @@ Its one argument is a dict of all of LoRAtorio's options, or None to do nothing.
 import importlib.util
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
-from modules import extra_networks, prompt_parser, script_callbacks, scripts, sd_samplers, shared
+from modules import devices, extra_networks, prompt_parser, script_callbacks, scripts, sd_samplers, shared
 
 TESTS = Path(__file__).resolve().parents[3]
 spec = importlib.util.spec_from_file_location("loratorio_oracle", TESTS / "oracle.py")
@@ -36,7 +37,8 @@ def networks():
 
 def load(loras):
     names, te, unet, dyn = zip(*loras) if loras else ((), (), (), ())
-    networks().load_networks(list(names), list(te), list(unet), list(dyn))
+    with mock.patch.object(devices, "torch_gc"):  # a garbage collection in every step is most of the time
+        networks().load_networks(list(names), list(te), list(unet), list(dyn))
 
 
 def encode(p):

@@ -1,0 +1,41 @@
+"""The contract suite's hosts: a double everywhere, and a real WebUI where one is installed."""
+
+from collections import defaultdict
+
+import pytest
+
+from tests.contract.rows import Contract
+
+largest_differences: dict[str, dict[str, int]] = defaultdict(dict)
+
+
+@pytest.fixture(scope="session", params=["double", pytest.param("a1111", marks=pytest.mark.live)])
+def webui(request, tmp_path_factory):
+    """A host with the extension and the brute-force reference in it, and LoRA files of every kind."""
+    if request.param == "double":
+        from tests.contract.double import Double
+
+        with Double(tmp_path_factory.mktemp("double")) as double:
+            yield double
+    else:
+        from tests.live.conftest import tiny_webui
+
+        with tiny_webui("sd1", tmp_path_factory) as real:
+            yield real
+
+
+@pytest.fixture
+def contract(webui, request) -> Contract:
+    """The host under test, with what the contract asks of it."""
+    host = request.node.callspec.params["webui"]
+    yield (contract := Contract(webui, host))
+    if contract.largest_difference is not None:
+        largest_differences[host][request.node.name] = contract.largest_difference
+
+
+def pytest_terminal_summary(terminalreporter):
+    """For every host and row the largest pixel difference to the brute-force reference, in grey levels of 255."""
+    for host, rows in largest_differences.items():
+        terminalreporter.section(f"largest difference to brute force on {host}")
+        for name, difference in rows.items():
+            terminalreporter.line(f"{difference:4d}  {name}")
