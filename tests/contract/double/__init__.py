@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from safetensors.torch import save_file
 
-from tests.live.lora_files import diffusers_path, key_name, write_catalogue
+from tests.live.lora_files import CATALOGUE, diffusers_path, key_name, write_catalogue
 from tests.live.webui import PAYLOAD, Generation, RequestError, encode_image
 
 __all__ = ["Double", "Generation", "RequestError"]
@@ -135,6 +135,8 @@ class Double:
         for extension in self.extensions:
             self.module("modules.scripts").load_scripts(extension)
         self._api = self.module("modules.api").Api()
+        self.sampler_names = [config.name for config in self.module("modules.sd_samplers").all_samplers]
+        self.lora_names = [recipe.name for recipe in CATALOGUE]
 
     def _write_files(self, model: Any) -> None:
         """The checkpoint, and the LoRA files that the live kit makes for it."""

@@ -24,14 +24,26 @@ LATENT_UPSCALERS = {
 
 
 class ImageRNG:
-    """Noise for the images of a batch, from generators of their own."""
+    """Noise for the images of a batch, from generators of their own; the first is turned towards that of a subseed."""
 
-    def __init__(self, shape: tuple[int, ...], seeds: list[int]):
+    def __init__(self, shape: tuple[int, ...], seeds: list[int], subseeds: list[int] = (), strength: float = 0.0):
         self.shape = shape
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.subseeds, self.strength = subseeds, strength
 
     def next(self) -> Tensor:
-        return torch.stack([torch.randn(self.shape, generator=each) for each in self.generators])
+        noise = [torch.randn(self.shape, generator=each) for each in self.generators]
+        strength, self.strength = self.strength, 0.0
+        if strength:
+            others = [torch.randn(self.shape, generator=torch.Generator().manual_seed(seed)) for seed in self.subseeds]
+            noise = [slerp(strength, one, other) for one, other in zip(noise, others)]
+        return torch.stack(noise)
+
+
+def slerp(share: float, one: Tensor, other: Tensor) -> Tensor:
+    """Between two tensors along the great circle."""
+    angle = F.cosine_similarity(one.flatten(), other.flatten(), dim=0).acos()
+    return (((1 - share) * angle).sin() * one + (share * angle).sin() * other) / angle.sin()
 
 
 @dataclass(eq=False)
@@ -41,6 +53,9 @@ class StableDiffusionProcessing:
     prompt: str = ""
     negative_prompt: str = ""
     seed: int = -1
+    subseed: int = -1
+    subseed_strength: float = 0.0
+    tiling: bool = False
     sampler_name: str = "Euler"
     scheduler: str | None = None
     batch_size: int = 1
@@ -133,7 +148,7 @@ class StableDiffusionProcessing:
         self.scripts.call("process_before_every_sampling", self, x=x, noise=noise, c=c, uc=uc)
 
     def new_rng(self, width: int, height: int) -> ImageRNG:
-        return ImageRNG((4, height // 8, width // 8), self.seeds)
+        return ImageRNG((4, height // 8, width // 8), self.seeds, self.subseeds, self.subseed_strength)
 
     def close(self) -> None:
         self.sampler = self.c = self.uc = None
@@ -272,41 +287,48 @@ class StableDiffusionProcessingImg2Img(StableDiffusionProcessing):
     inpainting_fill: int = 0
     inpainting_mask_invert: int = 0
     inpaint_full_res: bool = True
+    inpaint_full_res_padding: int = 0
 
     def init(self) -> None:
         self.extra_generation_params["Denoising strength"] = self.denoising_strength
         self.sampler = sd_samplers.create_sampler(self.sampler_name)
-        self.mask = self.nmask = self.overlay = None
-        image = self.init_images[0].convert("RGB").resize((self.width, self.height))
-        original = np.asarray(image, dtype=np.float32) / 255
-        if self.image_mask is not None:
-            original = self.take_mask(original)
-        pixels = torch.from_numpy(original).movedim(2, 0)[None] * 2 - 1
-        self.init_latent = shared.sd_model.encode_first_stage(pixels).repeat(self.batch_size, 1, 1, 1)
-        if self.mask is not None and self.inpainting_fill > 1:
+        self.mask = self.nmask = self.overlay = self.paste_to = None
+        size = (self.width, self.height)
+        image = self.init_images[0].convert("RGB")
+        mask = self.painted(image.size)
+        if mask is not None and self.inpaint_full_res:
+            self.overlay = overlay_of(image, mask)
+            self.paste_to = grown(mask.getbbox(), self.inpaint_full_res_padding, self.width / self.height, image.size)
+            image, mask = image.crop(self.paste_to).resize(size), mask.crop(self.paste_to).resize(size)
+        elif mask is not None:
+            image, mask = image.resize(size), mask.resize(size).point(lambda value: min(2 * value, 255))
+            self.overlay = overlay_of(image, mask)
+        pixels = torch.from_numpy(shares(image.resize(size))).movedim(2, 0)[None]
+        if mask is not None:
+            latent = shares(mask.resize((self.width // 8, self.height // 8)))[:, :, 0]
+            self.nmask = torch.from_numpy(latent.round()).repeat(4, 1, 1)
+            self.mask = 1 - self.nmask
+            if self.inpainting_fill != 1:
+                painted = torch.from_numpy(shares(mask)).movedim(2, 0)[None]
+                kept = (pixels * (1 - painted)).sum((2, 3), keepdim=True) / (1 - painted).sum().clamp(min=1)
+                pixels = pixels * (1 - painted) + kept * painted
+        self.init_latent = shared.sd_model.encode_first_stage(pixels * 2 - 1).repeat(self.batch_size, 1, 1, 1)
+        if mask is not None and self.inpainting_fill > 1:
             noise = ImageRNG(self.init_latent.shape[1:], self.all_seeds[: self.batch_size]).next()
             filling = noise if self.inpainting_fill == 2 else torch.zeros_like(noise)
             self.init_latent = self.init_latent * self.mask + filling * self.nmask
 
-    def take_mask(self, original: np.ndarray) -> np.ndarray:
-        """Masks for latents and pixels, and the image with its masked part filled."""
-        if self.inpaint_full_res:
-            raise NotImplementedError("the double does not know 'only masked': set inpaint_full_res to false")
-        mask = self.image_mask.convert("L").resize((self.width, self.height))
+    def painted(self, size: tuple[int, int]) -> Image.Image | None:
+        """The mask, white where to paint, for an image of this size; None if there is none, or an empty one."""
+        if self.image_mask is None:
+            return None
+        mask = self.image_mask.convert("L").resize(size)
         if self.inpainting_mask_invert:
             mask = ImageOps.invert(mask)
         if self.mask_blur:
             mask = mask.filter(ImageFilter.GaussianBlur(self.mask_blur))
             self.extra_generation_params["Mask blur"] = self.mask_blur
-        latent = np.asarray(mask.resize((self.width // 8, self.height // 8)), dtype=np.float32) / 255
-        self.nmask = torch.from_numpy(latent.round()).repeat(4, 1, 1)
-        self.mask = 1 - self.nmask
-        opacity = np.clip(np.asarray(mask, dtype=np.float32)[:, :, None] * 2 / 255, 0, 1)
-        self.overlay = (1 - opacity, original)
-        if self.inpainting_fill != 1:
-            kept = original[opacity[:, :, 0] == 0]
-            original = original * (1 - opacity) + (kept.mean(axis=0) if len(kept) else 0.5) * opacity
-        return original.astype(np.float32)
+        return mask if mask.getbbox() else None
 
     def sample(self, conditioning, unconditional_conditioning, seeds, subseeds, subseed_strength, prompts) -> Tensor:
         noise = self.rng.next()
@@ -320,6 +342,27 @@ class StableDiffusionProcessingImg2Img(StableDiffusionProcessing):
             image_conditioning=self.image_conditioning(self.init_latent),
         )
         return samples if self.mask is None else samples * self.nmask + self.init_latent * self.mask
+
+
+def shares(image: Image.Image) -> np.ndarray:
+    """Pixels in 0 to 1, ``[height, width, channels]``."""
+    return np.asarray(image, dtype=np.float32).reshape(image.height, image.width, -1) / 255
+
+
+def overlay_of(image: Image.Image, mask: Image.Image) -> tuple[np.ndarray, np.ndarray]:
+    """What goes over the result: how opaque, and which pixels."""
+    return 1 - shares(mask), shares(image)
+
+
+def grown(box: tuple, padding: int, ratio: float, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """A box with padding around it, brought to a ratio of width to height as far as the image allows."""
+    left, top, right, bottom = box
+    lengths = [right - left + 2 * padding, bottom - top + 2 * padding]
+    lengths = [max(lengths[0], round(lengths[1] * ratio)), max(lengths[1], round(lengths[0] / ratio))]
+    lengths = [min(length, limit) for length, limit in zip(lengths, size)]
+    starts = [(left + right - lengths[0]) // 2, (top + bottom - lengths[1]) // 2]
+    left, top = (max(0, min(start, limit - length)) for start, limit, length in zip(starts, size, lengths))
+    return left, top, left + lengths[0], top + lengths[1]
 
 
 class Processed:
@@ -398,9 +441,10 @@ def process_images_inner(p: StableDiffusionProcessing) -> Processed:
     if p.s_min_uncond is None:
         p.s_min_uncond = shared.opts.s_min_uncond
     p.setup_prompts()
-    seed = random.randrange(4294967294) if p.seed == -1 else p.seed
-    p.all_seeds = [seed + i for i in range(len(p.all_prompts))]
-    p.all_subseeds = list(p.all_seeds)
+    seed, subseed = (random.randrange(4294967294) if each == -1 else each for each in (p.seed, p.subseed))
+    p.all_seeds = [seed + (i if p.subseed_strength == 0 else 0) for i in range(len(p.all_prompts))]
+    p.all_subseeds = [subseed + i for i in range(len(p.all_prompts))]
+    shared.sd_model.tile(p.tiling)
     scripts.call("process", p)
     images, infotexts = [], []
     with torch.no_grad():
@@ -439,7 +483,7 @@ def process_batch(p: StableDiffusionProcessing) -> list[Image.Image]:
         unconditional_conditioning=p.uc,
         seeds=p.seeds,
         subseeds=p.subseeds,
-        subseed_strength=0.0,
+        subseed_strength=p.subseed_strength,
         prompts=p.prompts,
     )
     if not samples.isfinite().all():
@@ -447,13 +491,18 @@ def process_batch(p: StableDiffusionProcessing) -> list[Image.Image]:
     pixels = torch.cat([shared.sd_model.decode_first_stage(sample[None]) for sample in samples])
     pixels = ((pixels + 1) / 2).clamp(0, 1)
     scripts.call("postprocess_batch", p, pixels, batch_number=p.iteration)
-    return [as_image(each.movedim(0, 2).numpy(), getattr(p, "overlay", None)) for each in pixels]
+    return [as_image(each.movedim(0, 2).numpy(), p) for each in pixels]
 
 
-def as_image(pixels: np.ndarray, overlay: tuple[np.ndarray, np.ndarray] | None) -> Image.Image:
-    """An image of pixels in 0 to 1; where the overlay (opacity, pixels) is opaque, the overlay's."""
-    image = (255 * pixels).astype(np.uint8)
-    if overlay is not None:
-        opacity, original = overlay
-        image = (image * (1 - opacity) + 255 * original * opacity).round().astype(np.uint8)
-    return Image.fromarray(image)
+def as_image(pixels: np.ndarray, p: StableDiffusionProcessing) -> Image.Image:
+    """An image of pixels in 0 to 1, put into the place it is for, below what is to be kept of the original."""
+    image, overlay = (255 * pixels).astype(np.uint8), getattr(p, "overlay", None)
+    if overlay is None:
+        return Image.fromarray(image)
+    opacity, original = overlay
+    if p.paste_to is not None:
+        left, top, right, bottom = p.paste_to
+        whole = np.zeros(original.shape, np.uint8)
+        whole[top:bottom, left:right] = Image.fromarray(image).resize((right - left, bottom - top))
+        image = whole
+    return Image.fromarray((image * (1 - opacity) + 255 * original * opacity).round().astype(np.uint8))

@@ -272,6 +272,12 @@ class LatentDiffusion(nn.Module):
     def apply_model(self, x: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
         return self.model(x, t, **cond)
 
+    def tile(self, tiling: bool) -> None:
+        """Let the image's edges meet, or not."""
+        for layer in self.model.modules():
+            if isinstance(layer, Conv2d):
+                layer.padding_mode = "circular" if tiling else "zeros"
+
     def decode_first_stage(self, latents: Tensor) -> Tensor:
         """``[B, 4, h, w]`` to pixels ``[B, 3, 8 h, 8 w]`` in -1 to 1: each latent pixel is a patch of its own."""
         return F.pixel_shuffle(torch.einsum("pc, bchw -> bphw", self.pixels, latents), 8)
