@@ -310,6 +310,10 @@ class _Settings:
         present = [option for option in OPTIONS if option.infotext_key in params]
         return cls.from_mapping({option.name: option.parse(params[option.infotext_key]) for option in present})
 
+    def composes_at(self, progress: float) -> bool:
+        """Whether composition acts when the share ``progress`` of the steps is done: from ``start`` up to ``end``."""
+        return self.start <= progress and (progress < self.end or self.end == 1)
+
     def to_infotext(self) -> dict[str, str]:
         """Generation parameters that `from_infotext` reads back: what differs from the defaults, nothing when off."""
         if not self.enabled:
