@@ -18,9 +18,10 @@ to modular pipelines, which exist for SDXL only, and one sees neither the model'
 prediction into noise.
 """
 
+import inspect
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,9 +44,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from loratorio_ext.core import Plan, Predictions, method_from, patch_similarity
-from loratorio_ext.errors import FileFormatError, MissingFileError, UnsupportedError
+from loratorio_ext.errors import FileFormatError, MissingFileError, SettingsError, UnsupportedError
 from loratorio_ext.isolation import IsolatedCalls, Isolation, LowRank
-from loratorio_ext.settings import Settings
+from loratorio_ext.settings import Settings, nearest_name
 
 UNET = "unet"
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -119,12 +120,39 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
 """Diffusers' schedulers by the names that WebUIs give to samplers."""
 
 
-def scheduler_for(pipe: Any, sampler: str, karras: bool = False) -> Any:
+def parse_sampler(sampler: str) -> tuple[str, bool]:
+    """A sampler's name, and whether "Karras" is said after it."""
+    name = sampler.removesuffix(" Karras")
+    if name not in SAMPLERS:
+        hint = nearest_name(name, SAMPLERS)
+        raise SettingsError(f"LoRAtorio: there is no sampler {name!r}{hint} (samplers: {', '.join(SAMPLERS)})")
+    return name, name != sampler
+
+
+def scheduler_for(pipe: Any, sampler: str) -> Any:
     """A scheduler of the kind that WebUIs call ``sampler``, for the noise schedule that the pipeline has."""
-    name, options = SAMPLERS[sampler]
-    if karras:
-        options = {**options, "use_karras_sigmas": True}
-    return getattr(diffusers, name).from_config(pipe.scheduler.config, **options)
+    name, karras = parse_sampler(sampler)
+    kind, options = SAMPLERS[name]
+    kind = getattr(diffusers, kind)
+    if "use_karras_sigmas" in inspect.signature(kind).parameters:
+        options = {**options, "use_karras_sigmas": karras}
+    elif karras:
+        raise SettingsError(f"LoRAtorio: {name} has no Karras schedule")
+    return kind.from_config(pipe.scheduler.config, **options)
+
+
+def where_to_compute(device: str | None, dtype: str | None) -> tuple[str, torch.dtype]:
+    """A torch device and dtype by name; by default the GPU where there is one, and there half precision."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or ("float16" if device.startswith("cuda") else "float32")
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise SettingsError(f"LoRAtorio: dtype must be float32, float16 or bfloat16, got {dtype!r}")
+    return device, getattr(torch, dtype)
+
+
+def generators(seeds: Iterable[int]) -> list[torch.Generator]:
+    """One source of noise an image, on the CPU: an image depends on its own seed alone, on every device."""
+    return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
 
 # --- LoRA files -------------------------------------------------------------------------------------------------------
