@@ -21,6 +21,7 @@ prediction into noise.
 import inspect
 import json
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -101,7 +102,8 @@ def load_pipeline(path: str | Path, config: str | Path | None = None, dtype: tor
         given = {} if config is None else {"config": str(config)}
         return kind.from_single_file(str(path), dtype=dtype, local_files_only=True, **given)
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        raise FileFormatError(f"LoRAtorio: diffusers cannot load {path}: {error}") from error
+        hint = "" if path.is_dir() or config else " (config, a diffusers folder like it, makes up for what it lacks)"
+        raise FileFormatError(f"LoRAtorio: diffusers cannot load {path}{hint}: {error}") from error
 
 
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -285,7 +287,7 @@ def load_lora(
         if unknown:
             raise KeyError(unknown[0])
     except (KeyError, ValueError) as error:
-        what = " ".join(str(error.args[0] if error.args else error).split())
+        what = textwrap.shorten(str(error.args[0] if error.args else error), 300, placeholder=" …")
         raise UnsupportedError(f"LoRAtorio: {name} holds what is no LoRA that diffusers can read: {what}") from error
     check_fit(name, branches, pipe)
     return LoRA(name, {layer: branch for layer, branch in branches.items() if branch.scale})
