@@ -23,3 +23,19 @@ class UnsupportedError(LoRAtorioError):
     """A model, a host feature or a LoRA that cannot be composed."""
 
     status_code = 422
+
+
+class FileError(LoRAtorioError):
+    """A file or folder that is missing, or is not what it should be."""
+
+    status_code = 404
+
+
+class MissingFileError(FileError):
+    """There is no such file or folder."""
+
+
+class FileFormatError(FileError):
+    """The file or folder is there, and cannot be read as what it should be."""
+
+    status_code = 422

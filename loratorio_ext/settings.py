@@ -337,6 +337,10 @@ class _Settings:
         """The options that an image's generation parameters hold; those they do not name are at their defaults."""
         return cls(**{option.name: option.read(params) for option in OPTIONS})
 
+    def composes_at(self, progress: float) -> bool:
+        """Whether composition acts when the share ``progress`` of the steps is done: from ``start`` up to ``end``."""
+        return self.start <= progress and (progress < self.end or self.end == 1)
+
     def to_infotext(self) -> dict[str, str]:
         """Generation parameters that `from_infotext` reads back: what differs from the defaults, nothing when off."""
         if not self.enabled:

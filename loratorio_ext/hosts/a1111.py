@@ -247,8 +247,7 @@ class A1111Sampling:
             return encode(self.p)
 
     def plan_step(self, denoiser: Any) -> Plan:
-        progress = denoiser.step / denoiser.total_steps
-        inside = self.settings.start <= progress and (progress < self.settings.end or self.settings.end == 1)
+        inside = self.settings.composes_at(denoiser.step / denoiser.total_steps)
         return self.method.plan(denoiser.step, len(self.loras)) if inside else Plan(host=Plan.MERGED)
 
     def before_unet(self, params: script_callbacks.CFGDenoiserParams) -> None:

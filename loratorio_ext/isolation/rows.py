@@ -1,7 +1,7 @@
 """Which rows of a batch belong to which LoRA, and the hooks that give each row its own."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,14 @@ class Isolation:
         finally:
             for handle in handles:
                 handle.remove()
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """While entered, all LoRAs act on every row together, as if their weights were summed."""
+        with ExitStack() as stack:
+            for index in range(len(self.loras)):
+                stack.enter_context(self.rows([index]))
+            yield
 
     def _hook(self, name: str, group: tuple[int, ...]):
         def add_branches(layer: nn.Module, args: tuple, out: Tensor) -> Tensor:

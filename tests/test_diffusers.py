@@ -1,0 +1,538 @@
+"""Composition in diffusers pipelines against the literal reference over diffusers' own PEFT adapters, in float64."""
+
+import json
+import math
+from functools import cache
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+from diffusers.hooks import HookRegistry, ModelHook
+from safetensors.torch import load_file, save_file
+
+from loratorio_ext.core import Plan
+from loratorio_ext.errors import FileFormatError, MissingFileError, SettingsError, UnsupportedError
+from loratorio_ext.hosts.diffusers import (
+    SAMPLERS,
+    composed,
+    load_lora,
+    load_pipeline,
+    predicted_noise,
+    scheduler_for,
+)
+from tests import oracle
+from tests.tiny_pipelines import FAMILIES, KINDS, LAYOUTS, draw_lora, make_pipeline, touched_layers, write_lora
+
+# What diffusers' schedulers and PEFT warn of in themselves.
+pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "UserWarning")]
+
+PROMPT, NEGATIVE = ["a red cat", "two dogs"], ["blurry", "dark"]
+SIZE = (9, 11)  # latent pixels, so that patches at the edge are partial
+STEPS, CFG = 4, 4.0
+OPTIONS = {"patch_size": 4, "temperature_mode": "adaptive", "temperature": 1.0, "relativity": 0.5}
+LORAS = [("everything", "kohya", 2.0), ("convolutions", "peft", None), ("text", "diffusers", None)]
+WEIGHTS = [(0.7, 0.9), (1.0, 1.0), (0.8, 0.8)]
+
+
+@pytest.fixture(scope="module")
+def pipes():
+    return {family: make_pipeline(family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def files(pipes, tmp_path_factory):
+    """For each family the files of `LORAS`."""
+    folder = tmp_path_factory.mktemp("loras")
+    return {
+        family: [
+            write_lora(folder / f"{family}-{index}.safetensors", pipe, kind, index, layout, alpha, rank=2 + index)
+            for index, (kind, layout, alpha) in enumerate(LORAS)
+        ]
+        for family, pipe in pipes.items()
+    }
+
+
+def loras_of(pipe, files, weights=WEIGHTS):
+    return [load_lora(pipe, file, *weight) for file, weight in zip(files, weights)]
+
+
+def noise(images=2, size=SIZE):
+    return torch.stack([torch.randn(4, *size, generator=torch.Generator().manual_seed(each)) for each in range(images)])
+
+
+def arguments(pipe, prompt=PROMPT, negative=NEGATIVE, cfg=CFG, steps=STEPS, size=SIZE, **others):
+    """Of a call of the pipeline."""
+    return {
+        "prompt": prompt,
+        "negative_prompt": negative,
+        "num_inference_steps": steps,
+        "guidance_scale": cfg,
+        "height": 8 * size[0],
+        "width": 8 * size[1],
+        "latents": noise(len(prompt), size).to(pipe.unet.dtype),
+        "output_type": "latent",
+        **others,
+    }
+
+
+def generate(pipe, loras=(), on_step=None, call=None, **options):
+    with composed(pipe, loras, on_step=on_step, **options):
+        return pipe(**arguments(pipe, **(call or {}))).images
+
+
+# --- the reference: adapters that diffusers loads and PEFT applies ----------------------------------------------------
+
+
+@cache
+def adapted(family, files=(), weights=()):
+    """A float64 pipeline in which these LoRAs act, by diffusers' own means."""
+    pipe = make_pipeline(family, torch.float64)
+    names = [f"lora{index}" for index in range(len(files))]
+    for name, file in zip(names, files):
+        pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
+    if files:
+        parts = ("unet", "text_encoder", *(["text_encoder_2"] if family == "sdxl" else []))
+        pipe.set_adapters(names, [{part: unet if part == "unet" else te for part in parts} for te, unet in weights])
+    return pipe
+
+
+def reference_noise(scheduler, output, x, t, step):
+    """Model output to noise, the way each scheduler's formulas have it."""
+    if scheduler.config.prediction_type == "epsilon":
+        return output
+    if type(scheduler).__name__.startswith("Euler"):
+        share = 1 / (1 + float(scheduler.sigmas[step]) ** 2)
+    else:
+        share = float(scheduler.alphas_cumprod[int(t)])
+    return math.sqrt(share) * output + math.sqrt(1 - share) * x
+
+
+@torch.no_grad()
+def reference(family, files, weights, method, options, call=None, sampler="DDIM"):
+    """Latents by a plain loop: a pipeline for every LoRA, the oracle's composition, guidance, the scheduler's step."""
+    base = adapted(family)
+    alone = [adapted(family, (file,), (weight,)) for file, weight in zip(files, weights)]
+    call = arguments(base, **(call or {}))
+    images, n, guided = len(call["prompt"]), len(files), call["guidance_scale"] > 1
+    scheduler = scheduler_for(base, sampler)
+    scheduler.set_timesteps(call["num_inference_steps"])
+    options = {
+        **{"patch_size": 4, "temperature_mode": "adaptive", "temperature": 0.3, "relativity": 0.5, "base_share": 0.5},
+        **{"upsampling": "nearest", "top_k": 0, "selection_scope": "image", "switch_every": 5, "start": 0, "end": 1},
+        **options,
+    }
+    texts = {}
+
+    def predict(pipe, x, t):
+        """(cond, uncond) of a pipeline."""
+        if pipe not in texts:
+            named = {"negative_prompt": call["negative_prompt"], "device": "cpu", "num_images_per_prompt": 1}
+            texts[pipe] = pipe.encode_prompt(prompt=call["prompt"], do_classifier_free_guidance=guided, **named)
+        out = []
+        for sign in (0, 1) if guided else (0,):
+            size = [8 * x.shape[2], 8 * x.shape[3]]
+            ids = torch.tensor([[*size, 0, 0, *size]] * images, dtype=x.dtype)
+            added = {"text_embeds": texts[pipe][2 + sign], "time_ids": ids} if family == "sdxl" else None
+            out.append(pipe.unet(x, t, encoder_hidden_states=texts[pipe][sign], added_cond_kwargs=added)[0].numpy())
+        return out if guided else (out[0], None)
+
+    x = call["latents"] * scheduler.init_noise_sigma
+    for step, t in enumerate(scheduler.timesteps):
+        scaled = scheduler.scale_model_input(x, t)
+        progress = step / len(scheduler.timesteps)
+        inside = options["start"] <= progress and (progress < options["end"] or options["end"] == 1)
+        if method == "merge" or not inside:
+            cond, uncond = predict(adapted(family, tuple(files), tuple(weights)), scaled, t)
+        elif method == "switch":
+            cond, uncond = predict(alone[oracle.switch(step, options["switch_every"], n)], scaled, t)
+        else:
+            conds, unconds = zip(*(predict(pipe, scaled, t) for pipe in alone))
+            if method == "composite":
+                cond, uncond = oracle.composite(conds), oracle.composite(unconds) if guided else None
+            else:
+                base_cond, base_uncond = predict(base, scaled, t)
+                eps_base, *eps = (
+                    reference_noise(scheduler, out, scaled.numpy(), t, step) for out in (base_cond, *conds)
+                )
+                rows = range(images)
+                cond, uncond, _ = oracle.loratorio(eps, eps_base, conds, unconds, base_uncond, rows, options)
+        out = oracle.guide(cond, uncond, range(images), [1] * images, call["guidance_scale"]) if guided else cond
+        x = scheduler.step(torch.from_numpy(np.asarray(out)).to(x), t, x).prev_sample
+    return x
+
+
+def relative_error(actual, expected):
+    return float((actual.double() - expected).norm() / expected.norm())
+
+
+def check(pipes, files, family="sd1", method="loratorio", call=None, sampler="DDIM", weights=WEIGHTS, **options):
+    options = {**OPTIONS, **options} if method == "loratorio" else options
+    expected = reference(family, files, weights, method, options, call, sampler)
+    pipe = pipes[family]
+    before = pipe.scheduler
+    pipe.scheduler = scheduler_for(pipe, sampler)
+    try:
+        actual = generate(pipe, loras_of(pipe, files, weights), call=call, method=method, **options)
+        plain = generate(pipe, call=call)
+    finally:
+        pipe.scheduler = before
+    error = relative_error(actual, expected)
+    print(f"relative error {error:.1e}")
+    assert error < 1e-4
+    assert relative_error(plain, expected) > 0.05  # the LoRAs are not idle
+
+
+class TestAgainstPeft:
+    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("method", ["loratorio", "composite", "switch", "merge"])
+    def test_every_method(self, pipes, files, family, method):
+        options = {"switch_every": 1} if method == "switch" else {}
+        check(pipes, files[family], family, method, **options)
+
+    @pytest.mark.parametrize("family", ["sd1", "sd2v"])
+    @pytest.mark.parametrize("sampler", ["Euler", "Euler Karras", "DPM++ 2M"])
+    def test_samplers(self, pipes, files, family, sampler):
+        check(pipes, files[family], family, sampler=sampler)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"temperature_mode": "fixed", "temperature": 0.05, "relativity": 0.0},
+            {"relativity": 1.0, "patch_size": 3},
+            {"base_share": 1.0},
+            {"base_share": 0.0, "upsampling": "bilinear"},
+            {"top_k": 2},
+            {"top_k": 1, "selection_scope": "patch"},
+            {"patch_size": 64},
+            {"start": 0.5},
+            {"end": 0.5},
+        ],
+        ids=str,
+    )
+    def test_options(self, pipes, files, options):
+        check(pipes, files["sd1"], **options)
+
+    @pytest.mark.parametrize("kind, layout", list(product(KINDS, LAYOUTS)))
+    def test_one_lora_of_every_kind_and_layout(self, pipes, tmp_path, kind, layout):
+        """One LoRA, composed by the mean, is its own plain prediction."""
+        file = write_lora(tmp_path / "one.safetensors", pipes["sd1"], kind, 7, layout, 1.5)
+        check(pipes, [file], "sd1", "composite", {"steps": 2}, weights=[(0.8, 0.8)])
+
+    @pytest.mark.parametrize("family", ["sd1", "sdxl"])
+    def test_without_guidance(self, pipes, files, family):
+        check(pipes, files[family], family, call={"cfg": 1.0})
+
+    def test_one_image_of_one_lora(self, pipes, files):
+        check(pipes, files["sd1"][:1], call={"prompt": ["a cat"], "negative": [""]})
+
+
+class TestConsequences:
+    """What follows from the method, without a reference."""
+
+    def test_no_lora_is_the_pipeline_itself(self, pipes):
+        pipe = pipes["sd1"]
+        assert torch.equal(generate(pipe, []), pipe(**arguments(pipe)).images)
+
+    def test_copies_of_one_lora_compose_to_it(self, pipes, files):
+        pipe = pipes["sd1"]
+        one = generate(pipe, loras_of(pipe, files["sd1"])[:1], **OPTIONS)
+        three = generate(pipe, loras_of(pipe, files["sd1"])[:1] * 3, **OPTIONS)
+        assert relative_error(three, one.double()) < 1e-4
+
+    def test_zero_weight_is_the_base_model(self, pipes, files):
+        pipe = pipes["sdxl"]
+        silent = generate(pipe, loras_of(pipe, files["sdxl"], [(0.0, 0.0)] * 3), **OPTIONS)
+        assert relative_error(silent, generate(pipe).double()) < 1e-5
+
+    def test_the_order_of_loras_is_indifferent(self, pipes, files):
+        pipe = pipes["sd2v"]
+        loras = loras_of(pipe, files["sd2v"])
+        expected = generate(pipe, loras, **OPTIONS).double()
+        assert relative_error(generate(pipe, loras[::-1], **OPTIONS), expected) < 1e-4
+
+    def test_images_of_a_batch_are_independent(self, pipes, files):
+        pipe = pipes["sdxl"]
+        loras = loras_of(pipe, files["sdxl"])
+        both = generate(pipe, loras, **OPTIONS)
+        first = generate(pipe, loras, call={"prompt": PROMPT[:1], "negative": NEGATIVE[:1]}, **OPTIONS)
+        assert relative_error(both[:1], first.double()) < 1e-4
+
+    def test_split_batches_agree_with_one(self, pipes, files):
+        pipe = pipes["sd1"]
+        loras = loras_of(pipe, files["sd1"])
+        expected = generate(pipe, loras, **OPTIONS).double()
+        for limit in (1, 3, 8):
+            with composed(pipe, loras, **OPTIONS) as composition:
+                composition.isolated.limit = limit
+                assert relative_error(pipe(**arguments(pipe)).images, expected) < 1e-4
+
+    def test_images_per_prompt_and_callbacks_are_the_pipelines_own(self, pipes, files):
+        pipe = pipes["sd1"]
+        seen = []
+
+        def callback(pipe, step, timestep, tensors):
+            seen.append((step, tensors["latents"].shape[0]))
+            return tensors
+
+        with composed(pipe, loras_of(pipe, files["sd1"]), **OPTIONS):
+            call = arguments(pipe, prompt=PROMPT[:1], negative=NEGATIVE[:1])
+            call |= {"latents": noise(3), "num_images_per_prompt": 3, "callback_on_step_end": callback}
+            assert pipe(**call).images.shape[0] == 3
+        assert seen == [(step, 3) for step in range(STEPS)]
+
+
+class TestRecord:
+    def test_steps(self, pipes, files):
+        pipe, seen = pipes["sd1"], []
+        with composed(pipe, loras_of(pipe, files["sd1"]), on_step=seen.append, start=0.5, **OPTIONS) as composition:
+            for _ in range(2):  # a second call starts anew
+                pipe(**arguments(pipe))
+                assert composition.steps == seen[-STEPS:]
+        merged, inside = seen[1], seen[2]
+        assert merged.plan.host == Plan.MERGED and merged.similarity is None and merged.weights is None
+        assert inside.index == 2 and inside.plan == Plan(host=Plan.BASE, isolated=(0, 1, 2))
+        assert inside.timestep == float(pipe.scheduler.timesteps[2])
+        assert inside.similarity.shape == inside.weights.shape == (3, 2, 3, 3)
+        torch.testing.assert_close(inside.weights.sum(0), torch.ones(2, 3, 3))
+        assert inside.similarity.max() <= 1
+
+    def test_cost(self, pipes, files):
+        """Base and isolated rows: 2 (N + 1) an image, and N + 2 when only the base guides."""
+        pipe, rows = pipes["sd1"], []
+        hook = pipe.unet.conv_in.register_forward_hook(lambda layer, args, out: rows.append(len(out)))
+        try:
+            for share, expected in ((0.5, 2 * 4), (1.0, 3 + 2)):
+                rows.clear()
+                generate(pipe, loras_of(pipe, files["sd1"]), base_share=share)
+                assert sum(rows) == STEPS * len(PROMPT) * expected and len(rows) == 2 * STEPS
+        finally:
+            hook.remove()
+
+
+def state(pipe):
+    """Everything that composition might leave behind: weights, hooks and attributes."""
+    models = [model for model in vars(pipe).values() if isinstance(model, torch.nn.Module)]
+    weights = {(i, name): value.clone() for i, model in enumerate(models) for name, value in model.state_dict().items()}
+    hooks = [
+        (i, name, len(module._forward_hooks), len(module._forward_pre_hooks), sorted(vars(module)))
+        for i, model in enumerate(models)
+        for name, module in model.named_modules()
+    ]
+    return weights, hooks, sorted(vars(pipe)), dict(pipe.scheduler.config)
+
+
+def assert_untouched(pipe, before):
+    after = state(pipe)
+    assert after[1:] == before[1:]
+    assert all(torch.equal(value, after[0][name]) for name, value in before[0].items())
+
+
+class TestNothingStays:
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_after_success(self, pipes, files, family):
+        pipe = pipes[family]
+        plain = pipe(**arguments(pipe)).images
+        before = state(pipe)
+        for method in ("loratorio", "switch", "merge"):
+            generate(pipe, loras_of(pipe, files[family]), method=method)
+        assert_untouched(pipe, before)
+        assert torch.equal(pipe(**arguments(pipe)).images, plain)
+
+    @pytest.mark.parametrize("where", ["text_encoder", "unet", "callback"])
+    @pytest.mark.parametrize("method", ["loratorio", "merge"])
+    def test_after_an_exception(self, pipes, files, where, method):
+        pipe = pipes["sd1"]
+        plain = pipe(**arguments(pipe)).images
+        before = state(pipe)
+        calls = []
+
+        def fail(*_):
+            calls.append(1)
+            if len(calls) == 3:
+                raise RuntimeError("an accident")
+            return _[-1] if where == "callback" else None
+
+        layer = {"text_encoder": pipe.text_encoder, "unet": pipe.unet.mid_block}.get(where)
+        handle = None if layer is None else layer.register_forward_hook(fail)
+        try:
+            with (
+                pytest.raises(RuntimeError, match="an accident"),
+                composed(pipe, loras_of(pipe, files["sd1"]), method=method),
+            ):
+                pipe(**arguments(pipe), **({"callback_on_step_end": fail} if where == "callback" else {}))
+        finally:
+            if handle is not None:
+                handle.remove()
+        assert_untouched(pipe, before)
+        assert torch.equal(pipe(**arguments(pipe)).images, plain)
+
+    def test_hooks_of_others_stay(self, pipes, files):
+        pipe = make_pipeline("sd1")
+        HookRegistry.check_if_exists_or_initialize(pipe.unet).register_hook(ModelHook(), "other")
+        generate(pipe, loras_of(pipe, files["sd1"]))
+        assert list(pipe.unet._diffusers_hook.hooks) == ["other"]
+
+
+class TestNoise:
+    @pytest.mark.parametrize("sampler", SAMPLERS)
+    @pytest.mark.parametrize("kind", ["v_prediction", "sample"])
+    def test_a_perfect_prediction_means_the_noise_that_was_added(self, pipes, sampler, kind):
+        """At every step of every scheduler: the noise level is the one its own formulas go by."""
+        scheduler = scheduler_for(pipes["sd2v"], sampler)
+        scheduler.register_to_config(prediction_type=kind)
+        scheduler.set_timesteps(6)
+        image, eps = noise(2), noise(4)[2:]
+        x = eps * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            scheduler.scale_model_input(x, t)
+            if hasattr(scheduler, "sigmas"):
+                index = scheduler.index_for_timestep(t) if scheduler.step_index is None else scheduler.step_index
+                share = 1 / (1 + scheduler.sigmas[index] ** 2)
+            else:
+                share = scheduler.alphas_cumprod[int(t)]
+            noisy = share.sqrt() * image + (1 - share).sqrt() * eps
+            output = image if kind == "sample" else share.sqrt() * eps - (1 - share).sqrt() * image
+            torch.testing.assert_close(predicted_noise(scheduler, output, noisy, t), eps, rtol=1e-3, atol=1e-3)
+            try:
+                x = scheduler.step(output, t, x).prev_sample
+            except (NotImplementedError, ValueError):
+                assert kind == "sample"  # which few schedulers know
+                return
+
+    def test_unknown_parameterisation(self, pipes):
+        scheduler = scheduler_for(pipes["sd1"], "Euler")
+        scheduler.register_to_config(prediction_type="flow_prediction")
+        with pytest.raises(UnsupportedError, match="flow_prediction"):
+            predicted_noise(scheduler, noise(), noise(), torch.tensor(1))
+
+
+class TestLoraFiles:
+    def test_alpha_and_multipliers_scale_each_layer(self, pipes, tmp_path):
+        pipe = pipes["sdxl"]
+        path = write_lora(tmp_path / "a.safetensors", pipe, "everything", 1, "kohya", alpha=6.0, rank=3)
+        values = load_file(path)
+        odd = [name for name in values if name.endswith(".alpha")][::2]
+        save_file({**values, **{name: torch.tensor(1.5) for name in odd}}, path)
+        lora = load_lora(pipe, path, 0.5, 0.25)
+        assert lora.name == "a" and lora.speaks_to_text_encoder
+        assert set(lora.branches) == {
+            f"{component}.{name}" for component, name, _ in touched_layers(pipe, "everything")
+        }
+        scales = {
+            component: {branch.scale for name, branch in lora.branches.items() if name.startswith(f"{component}.")}
+            for component in ("unet", "text_encoder", "text_encoder_2")
+        }
+        assert scales["unet"] == {0.25 * 2, 0.25 * 0.5}
+        assert scales["text_encoder"] == scales["text_encoder_2"] == {0.5 * 2, 0.5 * 0.5}
+
+    def test_peft_configuration_in_the_file(self, pipes, tmp_path):
+        pipe = pipes["sd1"]
+        path = write_lora(tmp_path / "a.safetensors", pipe, "attention", 1, "peft", rank=4)
+        layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+        config = {"unet.r": 4, "unet.lora_alpha": 8, "unet.alpha_pattern": {layer: 2}, "unet.use_rslora": True}
+        save_file(load_file(path), path, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(config)})
+        branches = load_lora(pipe, path).branches
+        assert branches[f"unet.{layer}"].scale == 1
+        assert {branch.scale for branch in branches.values()} == {1, 4}
+
+    def test_weight_of_the_unet_follows_the_text_encoders(self, pipes, files):
+        lora = load_lora(pipes["sd1"], files["sd1"][1], 0.3)
+        assert {branch.scale for branch in lora.branches.values()} == {0.3}
+        assert not lora.speaks_to_text_encoder
+
+    def test_missing(self, pipes, tmp_path):
+        with pytest.raises(MissingFileError, match="nowhere.safetensors does not exist"):
+            load_lora(pipes["sd1"], tmp_path / "nowhere.safetensors")
+
+    def test_not_safetensors(self, pipes, tmp_path):
+        path = tmp_path / "a.safetensors"
+        path.write_bytes(b"not at all")
+        with pytest.raises(FileFormatError, match="a.safetensors is not a safetensors file"):
+            load_lora(pipes["sd1"], path)
+
+    @pytest.mark.parametrize("made_for, loaded_in", [("sd1", "sdxl"), ("sdxl", "sd1"), ("sd1", "sd2v")])
+    def test_another_architecture(self, pipes, files, made_for, loaded_in):
+        with pytest.raises(UnsupportedError) as caught:
+            load_lora(pipes[loaded_in], files[made_for][0])
+        message = str(caught.value)
+        assert "another architecture" in message and "layers do not fit" in message
+        assert "unet." in message or "text_encoder" in message
+        assert "(3, 16" in message or "(2, 16" in message or "(2, 32" in message
+
+    @pytest.mark.parametrize(
+        "key", ["lora_unet_conv_in.hada_w1_a", "lora_unet_conv_in.dora_scale", "unet.x.norm.weight"]
+    )
+    def test_no_plain_lora(self, pipes, files, tmp_path, key):
+        values = load_file(files["sd1"][0 if key.startswith("lora") else 1])
+        path = tmp_path / "other.safetensors"
+        save_file({**values, key: torch.ones(3, 3)}, path)
+        with pytest.raises(UnsupportedError, match="other .*" + key.rpartition(".")[2]):
+            load_lora(pipes["sd1"], path)
+
+    def test_foreign_keys(self, pipes, tmp_path):
+        path = tmp_path / "other.safetensors"
+        save_file({"transformer.blocks.0.lora_A.weight": torch.ones(2, 2)}, path)
+        with pytest.raises(UnsupportedError, match="transformer.blocks.0"):
+            load_lora(pipes["sd1"], path)
+
+
+class TestUnsupported:
+    def test_adapters_in_the_pipeline(self, files):
+        pipe = make_pipeline("sd1")
+        pipe.load_lora_weights(str(files["sd1"][0].parent), weight_name=files["sd1"][0].name)
+        with pytest.raises(UnsupportedError, match="unload_lora_weights"), composed(pipe, []):
+            pass
+
+    def test_compiled_unet(self, pipes):
+        pipe = make_pipeline("sd1")
+        pipe.unet = torch.compile(pipe.unet)
+        with pytest.raises(UnsupportedError, match="compiled unet"), composed(pipe, []):
+            pass
+
+    def test_embeddings_instead_of_a_prompt(self, pipes, files):
+        pipe = pipes["sd1"]
+        embeddings = pipe.encode_prompt(PROMPT, "cpu", 1, True, NEGATIVE)
+        call = arguments(pipe, prompt=PROMPT) | {"prompt": None, "negative_prompt": None}
+        call |= dict(zip(("prompt_embeds", "negative_prompt_embeds"), embeddings))
+        with pytest.raises(UnsupportedError, match="prompt itself"), composed(pipe, loras_of(pipe, files["sd1"])):
+            pipe(**call)
+        silent = loras_of(pipe, files["sd1"])[1:2]
+        with composed(pipe, silent, **OPTIONS):
+            given = pipe(**call).images
+        assert torch.equal(given, generate(pipe, silent, **OPTIONS))
+
+    def test_bad_options(self, pipes):
+        with pytest.raises(SettingsError, match="patch_size"), composed(pipes["sd1"], [], patch_size=0):
+            pass
+
+
+class TestPipelines:
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_folder(self, pipes, tmp_path, family):
+        pipe = pipes[family]
+        pipe.save_pretrained(tmp_path / "model")
+        again = load_pipeline(tmp_path / "model")
+        again.set_progress_bar_config(disable=True)
+        assert type(again) is type(pipe)
+        assert torch.equal(again(**arguments(again)).images, pipe(**arguments(pipe)).images)
+
+    def test_errors(self, tmp_path):
+        with pytest.raises(MissingFileError, match="nowhere"):
+            load_pipeline(tmp_path / "nowhere")
+        with pytest.raises(FileFormatError, match="model_index.json"):
+            load_pipeline(tmp_path)
+        (tmp_path / "model.safetensors").write_bytes(b"0" * 100)
+        with pytest.raises(FileFormatError, match="not a safetensors file"):
+            load_pipeline(tmp_path / "model.safetensors")
+
+
+def test_kinds_cover_linear_and_conv_layers(pipes):
+    layers = [layer for _, _, layer in touched_layers(pipes["sd1"], "everything")]
+    assert {type(layer).__name__ for layer in layers} >= {"Linear", "Conv2d"}
+    assert {layer.kernel_size for layer in layers if isinstance(layer, torch.nn.Conv2d)} == {(1, 1), (3, 3)}
+    assert set(KINDS) and len(draw_lora(pipes["sd1"], "everything", 0)) == len(layers)
