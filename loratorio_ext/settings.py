@@ -92,6 +92,10 @@ class Option:
         except ValueError as error:
             raise SettingsError(f"LoRAtorio: {self.name} must be {self.allowed}, got {shown(text)}") from error
 
+    def read(self, params: Mapping[str, str]) -> Any:
+        """The value that an image's generation parameters hold, or the default where they do not name the option."""
+        return self.parse(params[self.infotext_key]) if self.infotext_key in params else self.default
+
 
 LORATORIO = ("loratorio",)
 
@@ -234,6 +238,29 @@ OPTIONS = (
         step=0.05,
         methods=("loratorio", "composite", "switch"),
     ),
+    Option(
+        "refresh",
+        0,
+        "LoRAs refreshed per step",
+        "0: every LoRA is evaluated in every step (exact). 1 or more: only this many, in turn; of the others the last "
+        "known difference from the bare model is reused. Makes many LoRAs nearly as fast as one, for some detail.",
+        group="Speed",
+        low=0,
+        high=64,
+        step=1,
+        methods=LORATORIO,
+    ),
+    Option(
+        "warmup",
+        1,
+        "Exact steps first",
+        "How many steps evaluate every LoRA before they are refreshed in turn. More: closer to exact, slower.",
+        group="Speed",
+        low=0,
+        high=1000,
+        step=1,
+        methods=LORATORIO,
+    ),
 )
 
 OPTION = {option.name: option for option in OPTIONS}
@@ -250,6 +277,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "top_k": 0,
         "start": 0.0,
         "end": 1.0,
+        "refresh": 0,
     },
 }
 """Named starting points: the options a preset sets; options given beside it win."""
@@ -307,8 +335,7 @@ class _Settings:
     @classmethod
     def from_infotext(cls, params: Mapping[str, str]) -> "Settings":
         """The options that an image's generation parameters hold; those they do not name are at their defaults."""
-        present = [option for option in OPTIONS if option.infotext_key in params]
-        return cls.from_mapping({option.name: option.parse(params[option.infotext_key]) for option in present})
+        return cls(**{option.name: option.read(params) for option in OPTIONS})
 
     def to_infotext(self) -> dict[str, str]:
         """Generation parameters that `from_infotext` reads back: what differs from the defaults, nothing when off."""

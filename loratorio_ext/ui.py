@@ -1,6 +1,5 @@
 """The accordion, made from the table of options."""
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import gradio as gr
@@ -17,11 +16,6 @@ def component(option: Option, elem_id: str) -> gr.components.Component:
     if option.name == "temperature":  # six decades: no slider can be set to them
         return gr.Number(minimum=option.low, maximum=option.high, **common)
     return gr.Slider(minimum=option.low, maximum=option.high, step=option.step, **common)
-
-
-def option_reader(option: Option) -> Callable[[Mapping[str, str]], Any]:
-    """What the WebUI calls to read one option from an image's generation parameters."""
-    return lambda params: getattr(Settings.from_infotext(params), option.name)
 
 
 def build_ui(tab: str) -> tuple[list, list]:
@@ -68,5 +62,5 @@ def build_ui(tab: str) -> tuple[list, list]:
         fill_in, inputs=[preset], outputs=[by_name[option.name] for option in OPTIONS[1:]], show_progress=False
     )
 
-    infotext_fields = [(by_name[option.name], option_reader(option)) for option in OPTIONS]
+    infotext_fields = [(by_name[option.name], option.read) for option in OPTIONS]
     return [by_name[option.name] for option in OPTIONS], infotext_fields

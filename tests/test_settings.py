@@ -300,7 +300,7 @@ class TestPresets:
 
 
 class TestArgs:
-    VALUES = [True, "switch", 8, "fixed", 0.7, 0.25, "bilinear", 0.75, 3, "patch", 9, 0.125, 0.875]
+    VALUES = [True, "switch", 8, "fixed", 0.7, 0.25, "bilinear", 0.75, 3, "patch", 9, 0.125, 0.875, 2, 4]
 
     def test_the_examples_differ_from_the_defaults(self):
         assert len(self.VALUES) == len(OPTIONS)

@@ -12,7 +12,6 @@ from loratorio_ext.core.composition import (
     softmin_weights,
 )
 from loratorio_ext.core.methods import (
-    METHODS,
     ComposedStep,
     Composite,
     LoRAtorio,
@@ -21,15 +20,17 @@ from loratorio_ext.core.methods import (
     Plan,
     Predictions,
     Switch,
-    method_from,
 )
 from loratorio_ext.core.patches import patch_similarity, upsample_weights
+from loratorio_ext.core.registry import METHODS, method_from
+from loratorio_ext.core.reuse import InTurn
 from loratorio_ext.core.selection import top_k_mask
 
 __all__ = [
     "METHODS",
     "ComposedStep",
     "Composite",
+    "InTurn",
     "LoRAtorio",
     "Merge",
     "Method",

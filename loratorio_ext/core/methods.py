@@ -4,8 +4,8 @@ LoRAtorio: arXiv 2508.11624. Merge, Switch and Composite: "Multi-LoRA Compositio
 arXiv 2402.16843.
 """
 
-from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -46,6 +46,7 @@ class Predictions:
     ``cond [N, R, C, H, W]``, ``uncond [N, B, C, H, W] | None``: the isolated LoRAs, likewise.
     ``eps_base [R, C, H, W]``, ``eps [N, R, C, H, W]``: the conditional rows as predicted noise.
     ``image_of_row``: for each conditional row the image it belongs to.
+    ``gain``: how the host's parameterisation moves with the noise, ``output = a x + gain * eps``, equal for all rows.
     """
 
     host_cond: Tensor
@@ -55,6 +56,7 @@ class Predictions:
     eps_base: Tensor
     eps: Tensor
     image_of_row: tuple[int, ...]
+    gain: float | Tensor = 1.0
 
 
 @dataclass(frozen=True)
@@ -159,13 +161,3 @@ class Merge:
 
     def combine(self, predictions: Predictions) -> ComposedStep:
         return ComposedStep(predictions.host_cond, predictions.host_uncond)
-
-
-METHODS: dict[str, type] = {"loratorio": LoRAtorio, "composite": Composite, "switch": Switch, "merge": Merge}
-"""The names by which settings choose a method, in the order they are offered."""
-
-
-def method_from(settings: Any) -> Method:
-    """The method that ``settings.method`` names; its fields are the options of the same names."""
-    kind = METHODS[settings.method]
-    return kind(**{field.name: getattr(settings, field.name) for field in fields(kind)})

@@ -124,18 +124,19 @@ def pad_to_each_other(denoiser: Any, cond: Any, uncond: Any) -> tuple[Any, Any]:
 # --- one call of the host's denoiser ----------------------------------------------------------------------------------
 
 
-def predicted_noise(inner_model: nn.Module, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-    """The noise that a denoiser's ``output [R, C, H, W]`` for ``x`` means.
+def noise_scaling(inner_model: nn.Module, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """How a denoiser's output for ``x [R, C, H, W]`` reads as noise: ``kept`` and ``gain [R, 1, 1, 1]`` of
+    ``output = kept + gain * eps``.
 
     Timestep samplers hand out noise; k-diffusion's denoisers (eps and v alike) hand out x0, LCM's a blend of x0 and x.
     """
+    gain = -sigma.view(-1, 1, 1, 1)
     if not hasattr(inner_model, "sigmas"):
-        return output
+        return torch.zeros_like(x), torch.ones_like(gain)
     if hasattr(inner_model, "get_scaled_out"):
-        kept = inner_model.get_scaled_out(sigma, torch.zeros_like(x), x)
-        gain = inner_model.get_scaled_out(sigma, torch.ones_like(x), torch.zeros_like(x))
-        output = (output - kept) / gain
-    return (x - output) / sigma.view(-1, 1, 1, 1)
+        unit, zero = torch.ones_like(gain), torch.zeros_like(gain)
+        return inner_model.get_scaled_out(sigma, x, x), gain * inner_model.get_scaled_out(sigma, unit, zero)
+    return x, gain
 
 
 class HostPass:
@@ -265,17 +266,16 @@ class A1111Sampling:
         uncond_evaluated = len(x) > conds
         cond, uncond = self.evaluate_isolated(x, sigma, conds, self.plan.uncond and uncond_evaluated)
 
-        def noise(rows: Tensor) -> Tensor:
-            return predicted_noise(self.denoiser.inner_model, rows, x[:conds], sigma[:conds])
-
+        kept, gain = noise_scaling(self.denoiser.inner_model, x[:conds], sigma[:conds])
         return Predictions(
             host_cond=output[:conds],
             host_uncond=output[conds:] if uncond_evaluated else None,
             cond=cond,
             uncond=uncond,
-            eps_base=noise(output[:conds]),
-            eps=torch.stack([noise(rows) for rows in cond]) if len(cond) else cond,
+            eps_base=(output[:conds] - kept) / gain,
+            eps=(cond - kept) / gain,
             image_of_row=image_of_row,
+            gain=gain[0],
         )
 
     def evaluate_isolated(

@@ -52,7 +52,11 @@ class Contract:
         options = HOST_OPTIONS | payload.pop("host_options", {})
         image = payload.pop("image", None)
         arguments = payload | {"override_settings": options, "alwayson_scripts": scripts or {}}
-        return self.webui.txt2img(**arguments) if image is None else self.webui.img2img(image, **arguments)
+        if image is None:
+            return self.webui.txt2img(**arguments)
+        # The host encodes an image with noise drawn from where the generation before it left its generator.
+        self.webui.txt2img(prompt="", seed=1, steps=1)
+        return self.webui.img2img(image, **arguments)
 
     def plain(self, **payload):
         """The host's own image, the extension switched off."""

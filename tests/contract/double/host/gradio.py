@@ -1,0 +1,57 @@
+"""Components that record what they were made with, and nothing else."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+
+class Component:
+    """An input with its label and its initial value; ``listeners`` are the functions bound to its events."""
+
+    def __init__(self, value: Any = None, label: str | None = None, visible: bool = True, **properties):
+        self.value, self.label, self.visible = value, label, visible
+        self.properties = properties
+        self.listeners: dict[str, Callable] = {}
+
+    def change(self, fn: Callable, inputs=None, outputs=None, **options) -> None:
+        self.listeners["change"] = fn
+
+    def input(self, fn: Callable, inputs=None, outputs=None, **options) -> None:
+        self.listeners["input"] = fn
+
+
+class Checkbox(Component): ...
+
+
+class Dropdown(Component): ...
+
+
+class HTML(Component): ...
+
+
+class JSON(Component): ...
+
+
+class Number(Component): ...
+
+
+class Radio(Component): ...
+
+
+class Slider(Component): ...
+
+
+class Group:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+
+def update(**properties) -> dict[str, Any]:
+    """What an event's function returns to change a component."""
+    return {"__type__": "generic_update", **properties}
+
+
+components = SimpleNamespace(Component=Component)

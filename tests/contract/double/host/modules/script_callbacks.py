@@ -1,0 +1,66 @@
+"""Callbacks around each call of the UNet. Their exceptions are reported and go no further."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from modules import errors
+
+
+@dataclass
+class CFGDenoiserParams:
+    x: Tensor
+    image_cond: Tensor
+    sigma: Tensor
+    sampling_step: int
+    total_sampling_steps: int
+    text_cond: Any
+    text_uncond: Any
+    denoiser: Any = None
+
+
+@dataclass
+class CFGDenoisedParams:
+    x: Tensor
+    sampling_step: int
+    total_sampling_steps: int
+    inner_model: Any
+
+
+@dataclass
+class AfterCFGCallbackParams:
+    x: Tensor
+    sampling_step: int
+    total_sampling_steps: int
+
+
+callbacks: dict[str, list[Callable]] = {"cfg_denoiser": [], "cfg_denoised": [], "cfg_after_cfg": []}
+
+
+def on_cfg_denoiser(callback: Callable, *, name: str | None = None) -> None:
+    callbacks["cfg_denoiser"].append(callback)
+
+
+def on_cfg_denoised(callback: Callable, *, name: str | None = None) -> None:
+    callbacks["cfg_denoised"].append(callback)
+
+
+def on_cfg_after_cfg(callback: Callable, *, name: str | None = None) -> None:
+    callbacks["cfg_after_cfg"].append(callback)
+
+
+def remove_callbacks_for_function(function: Callable) -> None:
+    for registered in callbacks.values():
+        while function in registered:
+            registered.remove(function)
+
+
+def call(category: str, params: Any) -> None:
+    """Run a category's callbacks; as in the host, one that is removed meanwhile makes the loop miss its successor."""
+    for callback in callbacks[category]:
+        try:
+            callback(params)
+        except Exception:
+            errors.report(f"Error executing callback {category}", exc_info=True)

@@ -1,0 +1,191 @@
+"""The double itself: a host that composes as its reference script does, and that is left as it was found."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from tests.contract.double import Double, RequestError
+from tests.contract.rows import Contract
+from tests.live.lora_files import CATALOGUE
+from tests.live.webui import encode_image
+
+PROMPT = "a cat on a hill"
+TWO = f"{PROMPT} <lora:locon:0.8> <lora:down_blocks:1:0.7>"
+LONG = "word " * 80
+
+
+@pytest.fixture(scope="module")
+def webui(tmp_path_factory):
+    with Double(tmp_path_factory.mktemp("double")) as double:
+        yield double
+
+
+@pytest.fixture(scope="module")
+def plain(webui):
+    """The image without a LoRA, before anything else has happened."""
+    return webui.txt2img(prompt=PROMPT)
+
+
+@pytest.fixture(autouse=True)
+def untouched(webui, plain):
+    """After every test the plain image is the same still, and nothing is left registered."""
+    yield
+    assert difference(plain, webui.txt2img(prompt=PROMPT)) == 0
+    callbacks = webui.module("modules.script_callbacks").callbacks
+    registered = [callback for each in callbacks.values() for callback in each]
+    assert [each for each in registered if "loratorio_ext" in each.__module__] == []
+
+
+def difference(first, second) -> int:
+    return max(np.abs(a.astype(int) - b.astype(int)).max() for a, b in zip(first.images, second.images, strict=True))
+
+
+SAID = {
+    "NGMS: 4.0": {"s_min_uncond": 4.0},
+    "NGMS all steps: True": {"s_min_uncond": 4.0, "host_options": {"s_min_uncond_all": True}},
+    "Skip Early CFG: 0.4": {"host_options": {"skip_early_cond": 0.4}},
+    "Pad conds: True": {"host_options": {"pad_cond_uncond": True}},
+    "Pad conds v0: True": {"host_options": {"pad_cond_uncond_v0": True}},
+}
+"""What the infotext says where an option has taken effect."""
+
+
+@pytest.mark.parametrize("word", SAID)
+def test_an_option_takes_effect_and_says_so(webui, word):
+    contract = Contract(webui, "double")
+    before = contract.plain(prompt=LONG + TWO)
+    after = contract.plain(prompt=LONG + TWO, **SAID[word])
+    assert word in after.infotext
+    assert word not in before.infotext
+    assert difference(before, after) > 2
+
+
+@pytest.mark.parametrize("payload", [{}, {"sampler_name": "DDIM"}, {"batch_size": 2}], ids=str)
+@pytest.mark.parametrize("masked", [None, "whole picture", "only masked"])
+def test_extension_composes_from_an_image(webui, payload, masked):
+    image = webui.txt2img(prompt="a red boat").images[0]
+    if masked:
+        mask = np.zeros_like(image)
+        mask[16:48, 24:] = 255
+        payload = payload | {"mask": encode_image(mask), "mask_blur": 2, "inpainting_fill": 1}
+        payload["inpaint_full_res"] = masked == "only masked"
+    contract = Contract(webui, "double")
+    ours = contract.assert_composes(image=image, prompt=TWO, denoising_strength=0.8, **payload)
+    changed = np.abs(ours.images[0].astype(int) - image)
+    assert changed.mean() > 5
+    if masked:
+        assert changed[:8].max() <= 1
+
+
+@pytest.mark.parametrize("recipe", CATALOGUE, ids=lambda recipe: recipe.name)
+def test_every_kind_of_lora_changes_the_image(webui, plain, recipe):
+    before = len(webui.log())
+    merged = webui.txt2img(prompt=f"{PROMPT} <lora:{recipe.name}:1>")
+    assert difference(plain, merged) > 10
+    assert f'Lora hashes: "{recipe.name}:' in merged.infotext
+    assert "Networks with errors" not in webui.log()[before:]
+
+
+HIRES = {"enable_hr": True, "hr_scale": 1.5, "hr_second_pass_steps": 4}
+
+
+@pytest.mark.parametrize("family", ["sd2v", "sdxl"])
+def test_other_models(tmp_path, family):
+    with Double(tmp_path, family=family) as webui:
+        contract = Contract(webui, "double")
+        for row in ({}, {"sampler_name": "DDIM"}, {"batch_size": 2, "prompt": f"{TWO} AND a dog :0.6"}, HIRES):
+            contract.assert_composes(**{"prompt": TWO} | row)
+        for options in ({}, {"pad_cond_uncond": True}, {"pad_cond_uncond_v0": True}):
+            contract.assert_composes(prompt=LONG + TWO, host_options=options)
+
+
+def test_a_listed_lora_is_in_the_weights(webui):
+    networks, shared = webui.module("networks"), webui.module("modules.shared")
+    layer = shared.sd_model.network_layer_mapping["diffusion_model_out_2"]
+    own = layer.weight.clone()
+    networks.load_networks(["locon"], [1.0], [0.5], [None])
+    module = networks.loaded_networks[0].modules["diffusion_model_out_2"]
+    down, up = module.down_model.weight, module.up_model.weight
+    expected = own + 0.25 * (up.flatten(1) @ down.flatten(1)).reshape(own.shape)  # 0.5, and alpha / rank = 1/2
+    networks.network_apply_weights(layer)
+    assert np.allclose(layer.weight, expected, atol=1e-6)
+    assert not np.allclose(layer.weight, own, atol=1e-3)
+    networks.load_networks([])
+    networks.network_apply_weights(layer)
+    assert np.array_equal(layer.weight, own)
+
+
+def test_a_missing_lora_is_skipped(webui):
+    with_missing = webui.txt2img(prompt=f"{PROMPT} <lora:nowhere:1> <lora:lora:1>")
+    assert difference(with_missing, webui.txt2img(prompt=f"{PROMPT}  <lora:lora:1>")) == 0
+    assert "Couldn't find network with name nowhere" in webui.log()
+
+
+@pytest.mark.parametrize(
+    "scripts, status, text",
+    [
+        ({"No such script": {"args": []}}, 422, "Script 'No such script' not found"),
+        ({"LoRAtorio": {"args": {"enabled": True}}}, 500, "KeyError"),
+        ({"loratorio": {"args": [{"enabled": True, "patch_size": 0}]}}, 422, "patch_size"),
+        ({"LoRAtorio": {"args": [{"enabled": True, "no_such_option": 0}]}}, 422, "no_such_option"),
+    ],
+)
+def test_refusals(webui, scripts, status, text):
+    with pytest.raises(RequestError) as caught:
+        webui.txt2img(prompt=TWO, alwayson_scripts=scripts)
+    assert caught.value.status == status
+    assert text in caught.value.body
+
+
+def test_exceptions_in_scripts_and_callbacks_are_only_logged(webui, plain):
+    callbacks = webui.module("modules.script_callbacks")
+
+    def fail(params):
+        raise ValueError("as expected")
+
+    callbacks.on_cfg_denoiser(fail)
+    try:
+        assert difference(plain, webui.txt2img(prompt=PROMPT)) == 0
+    finally:
+        callbacks.remove_callbacks_for_function(fail)
+    assert webui.log().count("ValueError: as expected") == 8
+
+
+def test_infotext_fills_in_what_the_request_leaves_open(webui):
+    options = {"enabled": True, "patch_size": 2, "temperature": 0.5}
+    first = webui.txt2img(prompt=TWO, alwayson_scripts={"LoRAtorio": {"args": [options]}})
+    again = webui.txt2img(prompt=TWO, infotext=first.infotext)
+    assert difference(first, again) == 0
+    assert again.infotext == first.infotext
+    off = webui.txt2img(prompt=TWO, infotext=first.infotext, alwayson_scripts={"LoRAtorio": {"args": [False]}})
+    assert difference(off, webui.txt2img(prompt=TWO)) == 0
+
+
+def test_the_interpreter_is_left_as_it_was(tmp_path):
+    def host_modules():
+        names = ("modules", "networks", "gradio", "extra_networks_lora", "loratorio_ext")
+        return {name: module for name, module in sys.modules.items() if name.partition(".")[0] in names}
+
+    before, path = host_modules(), list(sys.path)
+    with Double(tmp_path) as webui:
+        webui.txt2img(prompt=TWO)
+    assert host_modules() == before
+    assert sys.path == path
+
+
+@pytest.mark.parametrize(
+    "prompt, steps, hires_steps, expected",
+    [
+        ("a cat", 8, None, [(8, "a cat")]),
+        ("a [cat:dog:0.5]", 8, None, [(4, "a cat"), (8, "a dog")]),
+        ("a [cat:3]", 8, None, [(3, "a "), (8, "a cat")]),
+        ("a [cat::3]", 8, None, [(3, "a cat"), (8, "a ")]),
+        ("a [b:[c:d:2]:1]", 3, None, [(1, "a b"), (2, "a c"), (3, "a d")]),
+        ("[cat|dog]", 3, None, [(1, "cat"), (2, "dog"), (3, "cat")]),
+        ("a [cat:dog:0.5]", 8, 8, [(8, "a dog")]),
+        ("a [cat:dog:1.5]", 8, 8, [(4, "a cat"), (8, "a dog")]),
+    ],
+)
+def test_prompt_schedules(webui, prompt, steps, hires_steps, expected):
+    assert webui.module("modules.prompt_parser").schedule(prompt, steps, hires_steps, False) == expected
