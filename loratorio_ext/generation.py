@@ -37,6 +37,8 @@ class Generation:
         self.p = p
         self.settings = Settings()
         self.error: LoRAtorioError | None = None
+        self.memory: dict[str, Any] = {}
+        """What a host keeps from one sampling pass for the next."""
         self._open_sampling = open_sampling
         self._interrupt = interrupt
         self._sampling: Sampling | None = None

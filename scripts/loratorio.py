@@ -2,8 +2,8 @@
 
 from modules import scripts
 
+from loratorio_ext import hosts
 from loratorio_ext.generation import Generation
-from loratorio_ext.hosts import a1111
 from loratorio_ext.ui import build_ui
 
 
@@ -19,7 +19,7 @@ class LoRAtorioScript(scripts.Script):
         return components
 
     def process(self, p, *args):
-        a1111.begin(p, args)
+        hosts.begin(p, args)
 
     def process_before_every_sampling(self, p, *args, **kwargs):
         generation = Generation.of(p)

@@ -5,15 +5,13 @@ of LoRAs is empty, so that its pass is the base model's. Outside of that the hos
 """
 
 import logging
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from copy import copy
 from types import ModuleType
 from typing import Any
 
 import torch
-from modules import extra_networks, processing, prompt_parser, script_callbacks, sd_unet, shared
+from modules import prompt_parser, script_callbacks, sd_unet, shared
 from modules.sd_hijack import model_hijack
 from modules.sd_samplers_cfg_denoiser import catenate_conds, subscript_cond
 from torch import Tensor, nn
@@ -21,21 +19,13 @@ from torch import Tensor, nn
 from loratorio_ext.core import ComposedStep, Plan, Predictions, method_from
 from loratorio_ext.errors import UnsupportedError
 from loratorio_ext.generation import Generation
+from loratorio_ext.hosts.webui import encode, lora_extension, plan_step, tell_of_loras
 from loratorio_ext.isolation import Branch, Delta, IsolatedCalls, Isolation, LowRank
 
 logger = logging.getLogger("loratorio")
 
 
 # --- the host's LoRAs -------------------------------------------------------------------------------------------------
-
-
-def lora_extension() -> ModuleType:
-    """The module ``networks`` of the host's Lora extension; raises `UnsupportedError` when that is switched off."""
-    lora = extra_networks.extra_network_registry.get("lora")
-    networks = getattr(sys.modules.get(type(lora).__module__), "networks", None)
-    if networks is None:
-        raise UnsupportedError("LoRAtorio: the WebUI's built-in Lora extension is needed, and it is disabled")
-    return networks
 
 
 @contextmanager
@@ -119,22 +109,6 @@ def unet_branches(networks: ModuleType, network: Any, layers: dict[str, nn.Modul
 
 
 # --- conditionings ----------------------------------------------------------------------------------------------------
-
-
-def encode(p: Any) -> tuple[Any, Any]:
-    """The prompts' schedules of conditionings, positive and negative, with the text encoders as they are now.
-
-    The host's own code computes them, on a copy of ``p`` with caches of its own: the host's caches know a
-    conditioning by its prompt alone, and must never hold one that was made with other LoRAs than the prompt's.
-    """
-    own = copy(p)
-    own.cached_c, own.cached_uc, own.cached_hr_c, own.cached_hr_uc = ([None, None] for _ in range(4))
-    if getattr(p, "is_hr_pass", False):
-        own.hr_c = None
-        own.calculate_hr_conds()
-        return own.hr_c, own.hr_uc
-    processing.StableDiffusionProcessing.setup_conds(own)
-    return own.c, own.uc
 
 
 def pad_to_each_other(denoiser: Any, cond: Any, uncond: Any) -> tuple[Any, Any]:
@@ -246,10 +220,6 @@ class A1111Sampling:
         with only(self.networks, active), without_embeddings(others):
             return encode(self.p)
 
-    def plan_step(self, denoiser: Any) -> Plan:
-        inside = self.settings.composes_at(denoiser.step / denoiser.total_steps)
-        return self.method.plan(denoiser.step, len(self.loras)) if inside else Plan(host=Plan.MERGED)
-
     def before_unet(self, params: script_callbacks.CFGDenoiserParams) -> None:
         """``on_cfg_denoiser``: let the host's own pass be the one the plan asks for."""
         denoiser = params.denoiser
@@ -259,7 +229,8 @@ class A1111Sampling:
             self.step.close()
             if self.model != loaded_model():
                 self.prepare()
-            self.denoiser, self.plan = denoiser, self.plan_step(denoiser)
+            self.denoiser = denoiser
+            self.plan = plan_step(self.generation, self.method, denoiser, len(self.loras))
             if self.plan.host == Plan.MERGED:
                 return
             text = self.base_text if self.plan.host == Plan.BASE else self.texts[self.plan.host]
@@ -378,20 +349,10 @@ def open_sampling(generation: Generation) -> A1111Sampling | None:
     """Composition for the sampling pass that is about to begin, or None where there is nothing to compose."""
     if generation.settings.method == "merge":
         return None
-    p = generation.p
     networks = lora_extension()
     loras = list(dict.fromkeys(networks.loaded_networks))
-    asked = (p.hr_extra_network_data if getattr(p, "is_hr_pass", False) else p.extra_network_data).get("lora", [])
-    named = [params.positional[0] for params in asked if params.positional]
-    missing = [name for name in dict.fromkeys(named) if name not in {lora.name for lora in loras}]
-    if missing:
-        generation.note(f"composed without {', '.join(missing)}: not found, or it failed to load")
-    if len(loras) < len(networks.loaded_networks):
-        generation.note("a LoRA named more than once takes part once, at its last multiplier")
-    if not loras:
-        generation.note("no LoRA is active, so there is nothing to compose")
-        return None
-    return A1111Sampling(generation, networks, loras)
+    tell_of_loras(generation, [lora.name for lora in networks.loaded_networks])
+    return A1111Sampling(generation, networks, loras) if loras else None
 
 
 def begin(p: Any, args: Sequence[Any]) -> None:

@@ -31,28 +31,28 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in str(error).lower()
 
 
-class IsolatedCalls:
-    """Evaluates LoRAs, each alone, in batches of at most ``limit`` rows (None: all at once).
+class BatchedCalls:
+    """Evaluates LoRAs in batches of at most ``limit`` rows (None: all at once).
 
-    When memory runs out the limit is halved, nothing that was computed is lost, and the smaller limit stays.
+    When memory runs out ``forget()`` frees what was kept for larger batches, the limit is halved, nothing that was
+    computed is lost, and the smaller limit stays.
     """
 
-    def __init__(self, isolation: Isolation, limit: int | None = None):
-        self.isolation, self.limit = isolation, limit
+    def __init__(self, forget: Callable[[], None], limit: int | None = None):
+        self.forget, self.limit = forget, limit
 
-    def __call__(self, group: Sequence[int], rows: int, call: Callable[[Sequence[int], slice], Tensor]) -> Tensor:
-        """``[len(group), rows, ...]``: what the model says of each row under each LoRA of ``group``.
+    def __call__(self, loras: int, rows: int, call: Callable[[Sequence[int], slice], Tensor]) -> Tensor:
+        """``[loras, rows, ...]``: what the model says of each row under each of so many LoRAs.
 
-        ``call(positions, part)`` runs the model on rows ``part`` for the LoRAs at these positions of the group, one
-        LoRA's rows after the other's.
+        ``call(positions, part)`` runs the model on rows ``part`` for the LoRAs at these positions, one LoRA's rows
+        after the other's.
         """
-        results: list[list[Tensor]] = [[] for _ in group]
-        work = deque(split(range(len(group)), slice(0, rows), self.limit or len(group) * rows))
+        results: list[list[Tensor]] = [[] for _ in range(loras)]
+        work = deque(split(range(loras), slice(0, rows), self.limit or loras * rows))
         while work:
             positions, part = work.popleft()
             try:
-                with self.isolation.rows([group[position] for position in positions]):
-                    output = call(positions, part)
+                output = call(positions, part)
             except RuntimeError as error:
                 attempted = len(positions) * (part.stop - part.start)
                 if attempted == 1 or not is_out_of_memory(error):
@@ -65,7 +65,24 @@ class IsolatedCalls:
                     results[position].append(predicted)
                 continue
             # Out of the handler, whose traceback would keep the failed call's tensors alive.
-            self.isolation.forget()
+            self.forget()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         return torch.stack([torch.cat(parts) for parts in results])
+
+
+class IsolatedCalls(BatchedCalls):
+    """Evaluates LoRAs, each alone: around every call the rows of its batch are theirs."""
+
+    def __init__(self, isolation: Isolation, limit: int | None = None):
+        super().__init__(isolation.forget, limit)
+        self.isolation = isolation
+
+    def __call__(self, group: Sequence[int], rows: int, call: Callable[[Sequence[int], slice], Tensor]) -> Tensor:
+        """As `BatchedCalls`, for the LoRAs ``group``; positions count in it."""
+
+        def isolated(positions: Sequence[int], part: slice) -> Tensor:
+            with self.isolation.rows([group[position] for position in positions]):
+                return call(positions, part)
+
+        return super().__call__(len(group), rows, isolated)

@@ -45,7 +45,8 @@ Branch = Union[LowRank, Delta]
 class LinearBranches:
     """Low-rank branches of a Linear layer for a group of LoRAs: two batched products over stacked matrices.
 
-    Smaller ranks are filled up with zeros. ``positions`` are the segments that have a branch here at all.
+    Smaller ranks are filled up with zeros. ``positions`` are the segments that have a branch here at all; a LoRA that
+    has several segments of the batch is stacked once.
     """
 
     def __init__(self, branches: Sequence[LowRank], positions: Sequence[int], group_size: int, like: Tensor):
@@ -53,14 +54,17 @@ class LinearBranches:
             down = branch.down.flatten(1).to(like)
             return down if branch.mid is None else branch.mid.flatten(1).to(like) @ down
 
-        downs = [to_rank(branch) for branch in branches]
-        ups = [(branch.up.flatten(1).to(like) * branch.scale) for branch in branches]
+        distinct = {id(branch): branch for branch in branches}
+        downs = [to_rank(branch) for branch in distinct.values()]
+        ups = [(branch.up.flatten(1).to(like) * branch.scale) for branch in distinct.values()]
         for down, up in zip(downs, ups):
             if up.shape[1] != down.shape[0]:
                 raise ValueError(f"up {tuple(up.shape)} and down {tuple(down.shape)} differ in rank")
         rank = max(down.shape[0] for down in downs)
         self.down = torch.stack([F.pad(down, (0, 0, 0, rank - down.shape[0])).T for down in downs])
         self.up = torch.stack([F.pad(up, (0, rank - up.shape[1])).T for up in ups])
+        order = list(distinct)
+        self.stacked = [order.index(id(branch)) for branch in branches]
         self.positions, self.group_size = positions, group_size
 
     def apply(self, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
@@ -68,10 +72,12 @@ class LinearBranches:
         xs = x.to(out.dtype).reshape(self.group_size, -1, x.shape[-1])
         ys = out.reshape(self.group_size, -1, out.shape[-1])
         if len(self.positions) == self.group_size:
-            ys.baddbmm_(torch.bmm(xs, self.down).to(ys.dtype), self.up)
+            one_each = len(self.down) == self.group_size
+            down, up = (self.down, self.up) if one_each else (self.down[self.stacked], self.up[self.stacked])
+            ys.baddbmm_(torch.bmm(xs, down).to(ys.dtype), up)
         else:
-            for position, down, up in zip(self.positions, self.down, self.up):
-                ys[position].addmm_(torch.mm(xs[position], down).to(ys.dtype), up)
+            for position, index in zip(self.positions, self.stacked):
+                ys[position].addmm_(torch.mm(xs[position], self.down[index]).to(ys.dtype), self.up[index])
         return ys.view(out.shape)
 
 

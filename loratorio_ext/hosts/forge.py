@@ -1,0 +1,348 @@
+"""Forge and its relatives: the base model's pass and the isolated ones, all through the host's own evaluation.
+
+The LoRAs are taken from a clone of the UNet's patcher before sampling, so that the host loads the bare model; what a
+LoRA does is added row by row. The composed predictions take the place of the host's own evaluation of a step:
+guidance, samplers, previews and inpainting go on as ever.
+"""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from modules import prompt_parser, shared
+from torch import Tensor
+
+from loratorio_ext.core import ComposedStep, Plan, Predictions, method_from
+from loratorio_ext.errors import UnsupportedError
+from loratorio_ext.generation import Generation
+from loratorio_ext.hosts.forge_backends import Backend, backend_of
+from loratorio_ext.hosts.forge_patches import Patches, branches, joined
+from loratorio_ext.hosts.webui import asked_loras, encode, lora_extension, plan_step, tell_of_loras
+from loratorio_ext.isolation import BatchedCalls, Isolation
+
+logger = logging.getLogger("loratorio")
+
+LABEL = "loratorio_label"
+REGIONAL = ("area", "mask", "timestep_start", "timestep_end")
+
+
+# --- the prompt's LoRAs -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA of the prompt: its file and multipliers."""
+
+    name: str
+    file: str
+    unet: float
+    text: float
+
+
+def active_loras(p: Any, networks: ModuleType) -> list[Lora]:
+    """The prompt's LoRAs that the host found, in prompt order, repetitions included.
+
+    The host keeps multipliers nowhere but in a text, and not even there when it failed to find one of the LoRAs.
+    """
+    files = {network.mentioned_name: network.network_on_disk.filename for network in networks.loaded_networks}
+    found = []
+    for params in asked_loras(p):
+        name, *numbers = params.positional
+        if name in files:
+            text = float(params.named.get("te", numbers[0] if numbers else 1.0))
+            unet = float(params.named.get("unet", numbers[1] if len(numbers) > 1 else text))
+            found.append(Lora(name, files[name], unet, text))
+    return found
+
+
+class LoadedLora:
+    """A LoRA's patches of the UNet, and a text encoder (None: it does not change the host's) that has it alone."""
+
+    def __init__(self, lora: Lora, model: Any, networks: ModuleType, backend: Backend):
+        original = model.forge_objects_original
+        weights = networks.load_lora_state_dict(lora.file)
+        unet, clip = networks.load_lora_for_models(
+            original.unet, original.clip, weights, lora.unet, lora.text, filename=lora.file
+        )
+        self.name = lora.name
+        self.patches = backend.patches(unet, original.unet)
+        text_patches = backend.patches(clip.patcher, original.clip.patcher)
+        self.clip = clip if text_patches and lora.text != 0 else None
+        self.fits = bool(self.patches or text_patches) or lora.unet == lora.text == 0
+
+
+# --- conditionings ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def text_encoder(model: Any, clip: Any) -> Iterator[None]:
+    """While entered, the host encodes prompts with ``clip``."""
+    before = model.forge_objects.clip
+    model.forge_objects.clip = clip
+    try:
+        yield
+    finally:
+        model.forge_objects.clip = before
+
+
+def rows_of(text: Any, rows: Sequence[int]) -> Any:
+    """Rows of a conditioning, which is a tensor or a dict of tensors."""
+    return text.advanced_indexing(rows) if hasattr(text, "advanced_indexing") else text[rows]
+
+
+def text_at_step(texts: tuple[Any, Any], step: int) -> list[Any]:
+    """A step's conditionings by entry, ``B`` rows each: one for every AND part, then the negative prompts' if any."""
+    layout, text = prompt_parser.reconstruct_multicond_batch(texts[0], step)
+    parts = [rows_of(text, [row for row, _ in part]) for part in zip(*layout)]
+    return parts if texts[1] is None else [*parts, prompt_parser.reconstruct_cond_batch(texts[1], step)]
+
+
+def with_text(entry: dict, text: Any) -> dict:
+    """One of the host's entries with another text in it, everything else as it was."""
+    crossattn, pooled = (text["crossattn"], text["vector"]) if isinstance(text, dict) else (text, None)
+    old = entry["model_conds"]
+    conds = old | {"c_crossattn": type(old["c_crossattn"])(crossattn)}
+    if pooled is None:
+        return entry | {"cross_attn": crossattn, "model_conds": conds}
+    conds["y"] = type(old["y"])(pooled)
+    return entry | {"cross_attn": crossattn, "pooled_output": pooled, "model_conds": conds}
+
+
+class Label:
+    """A number that rides along with an entry through the host's batching, in the manner of the host's conditions."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+    def process_cond(self, **_) -> "Label":
+        return self
+
+    def can_concat(self, other: "Label") -> bool:
+        return True
+
+    def concat(self, others: list["Label"]) -> list["Label"]:
+        return [self, *others]
+
+    def size(self) -> list[int]:
+        return [1]
+
+
+# --- one step ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HostStep:
+    """What the host is about to evaluate: ``B`` images, an entry for every AND part and at most one unconditional."""
+
+    model: Any
+    cond: list[dict]
+    uncond: list[dict]
+    x: Tensor
+    sigma: Tensor
+    options: dict
+
+    @property
+    def entries(self) -> list[dict]:
+        return [*self.cond, *self.uncond]
+
+    def predicted_noise(self, denoised: Tensor) -> Tensor:
+        """The noise that x0 predictions ``[..., B, C, H, W]`` mean; for flow models, the velocity."""
+        return (self.x - denoised) / self.sigma.view(-1, 1, 1, 1)
+
+    def of_images(self, rows: Tensor) -> Tensor:
+        """The AND parts' predictions ``[J * B, C, H, W]`` as the host adds them up: ``[B, C, H, W]``."""
+        strengths = torch.tensor([entry.get("strength", 1.0) for entry in self.cond]).to(rows)
+        return torch.einsum("j, jbchw -> bchw", strengths / strengths.sum(), rows.unflatten(0, (len(self.cond), -1)))
+
+
+class ForgeSampling:
+    """Composition in one sampling pass.
+
+    Wherever a LoRA's index is asked for, `Plan.BASE` stands for none of them and `Plan.MERGED` for all at once.
+    """
+
+    def __init__(self, generation: Generation, networks: ModuleType, loras: list[Lora]):
+        self.generation, self.p = generation, generation.p
+        self.method = method_from(generation.settings)
+        model = self.p.sd_model
+        unet = model.forge_objects.unet.clone()
+        self.backend = backend_of(unet)
+        check_supported(self.p)
+        self.loras = [LoadedLora(lora, model, networks, self.backend) for lora in loras]
+        for lora in self.loras:
+            if not lora.fits:
+                generation.note(f"{lora.name} has no layer of this model")
+        self.texts = self.encode(model)
+        self.isolation: Isolation | None = None
+        self.backend.strip(unet, model.forge_objects_after_applying_lora.unet, model.forge_objects_original.unet)
+        unet.add_extra_preserved_memory_during_sampling(sum(os.path.getsize(lora.file) for lora in loras))
+        self.undo = self.replace_evaluation(unet)
+        model.forge_objects.unet = unet
+
+    def close(self) -> None:
+        undo, self.undo = self.undo, None
+        if undo is not None:
+            undo()
+
+    def replace_evaluation(self, unet: Any):
+        def evaluation(model, cond, uncond, x, sigma, options):
+            """A function and no method: the host deep-copies what it finds in a patcher's options."""
+            try:
+                return self.compose(HostStep(model, cond, uncond or [], x, sigma, options))
+            except Exception as error:
+                self.generation.fail(error)
+                raise self.generation.error from error
+
+        return self.backend.replace_evaluation(unet, evaluation)
+
+    def encode(self, model: Any) -> list[tuple[Any, Any]]:
+        """Schedules of conditionings, positive and negative, for each LoRA alone, and last for none."""
+        conds = self.p.hr_c if getattr(self.p, "is_hr_pass", False) else self.p.c
+        known = self.generation.memory.get("texts")
+        if known is not None and known[0] is conds:  # the host announces a hires pass twice
+            return known[1]
+        with text_encoder(model, model.forge_objects_original.clip):
+            base = encode(self.p)
+        texts = []
+        for lora in self.loras:
+            if lora.clip is None:
+                texts.append(base)
+            else:
+                with text_encoder(model, lora.clip):
+                    texts.append(encode(self.p))
+        self.generation.memory["texts"] = conds, [*texts, base]
+        return [*texts, base]
+
+    def isolate(self, model: Any) -> Isolation:
+        """Branches for the model as it is now, with the prompt's LoRAs taken from its weights."""
+
+        def made(name: str, store: Patches) -> Any:
+            fitting, misfits = branches(model, store, self.backend.dense, self.backend.merge)
+            for parameter, error in misfits.items():
+                logger.warning("%s does not fit %s: %s", name, parameter, error)
+            if misfits:
+                self.generation.note(f"{name} does not fit {len(misfits)} layers of this model")
+            return fitting
+
+        alone = [made(lora.name, lora.patches) for lora in self.loras]
+        settings = self.generation.settings
+        windowed = settings.start > 0 or settings.end < 1
+        merged = made("the sum of LoRAs", joined([lora.patches for lora in self.loras])) if windowed else {}
+        by_index = [*alone, merged, {}]  # so that Plan.MERGED and Plan.BASE are indices like any other
+        names = {name for each in by_index for name in each}
+        return Isolation({name: model.get_submodule(name.rpartition(".")[0]) for name in names}, by_index)
+
+    def compose(self, step: HostStep) -> tuple[Tensor, Tensor | None]:
+        """The step's conditional and unconditional x0, ``[B, C, H, W]`` each."""
+        if any(key in entry for entry in step.entries for key in REGIONAL):
+            raise UnsupportedError("LoRAtorio: conditions for a region or a part of the steps are not supported")
+        if self.isolation is None:
+            self.isolation = self.isolate(step.model)
+            self.calls = BatchedCalls(self.isolation.forget)
+        denoiser = self.p.sampler.model_wrap_cfg
+        plan = plan_step(self.generation, self.method, denoiser, len(self.loras))
+        composed = self.predict(step, plan, denoiser.step)
+        return step.of_images(composed.cond), composed.uncond
+
+    def predict(self, step: HostStep, plan: Plan, number: int) -> ComposedStep:
+        """One prediction an AND part and image, ``[J * B, C, H, W]``, and an unconditional one an image."""
+        parts, everything = len(step.cond), range(len(step.entries))
+        host = self.evaluate(step, number, [(plan.host, entry) for entry in everything])
+        cond, uncond = host[:parts].flatten(0, 1), host[parts] if step.uncond else None
+        if not plan.isolated:
+            return ComposedStep(cond, uncond)
+
+        def call(positions: Sequence[int], part: slice) -> Tensor:
+            return self.evaluate(
+                step, number, [(plan.isolated[at], entry) for at in positions for entry in everything[part]]
+            )
+
+        alone = self.calls(len(plan.isolated), len(everything) if plan.uncond else parts, call)
+        predictions = Predictions(
+            host_cond=cond,
+            host_uncond=uncond,
+            cond=alone[:, :parts].flatten(1, 2),
+            uncond=alone[:, parts] if plan.uncond and step.uncond else None,
+            eps_base=step.predicted_noise(host[:parts]).flatten(0, 1),
+            eps=step.predicted_noise(alone[:, :parts]).flatten(1, 2),
+            image_of_row=tuple(range(len(step.x))) * parts,
+        )
+        return self.method.combine(predictions)
+
+    def entry(self, step: HostStep, number: int, lora: int, index: int) -> dict:
+        """One of the host's entries with the text that this LoRA's encoder makes of it."""
+        if lora == Plan.MERGED:
+            return step.entries[index]
+        return with_text(step.entries[index], text_at_step(self.texts[lora], number)[index])
+
+    def evaluate(self, step: HostStep, number: int, chunks: Sequence[tuple[int, int]]) -> Tensor:
+        """``[len(chunks), B, C, H, W]``: x0 of each chunk, which is a LoRA and one of the host's entries."""
+        others = step.options.get("model_function_wrapper")
+        results: dict[int, Tensor] = {}
+
+        def wrapper(apply_model, args):
+            labels = [label.number for label in args["c"].pop(LABEL)]
+
+            def isolated(x, sigma, **conditions):
+                if len(x) != len(args["input"]):
+                    raise UnsupportedError("LoRAtorio: another extension regroups the rows of the batch")
+                with self.isolation.rows([chunks[label][0] for label in labels]):
+                    return apply_model(x, sigma, **conditions)
+
+            if others is not None:
+                output = others(isolated, args)
+            else:
+                output = isolated(args["input"], args["timestep"], **args["c"])
+            results.update(zip(labels, output.chunk(len(labels))))
+            return output
+
+        cond, uncond = [], []
+        for label, (lora, index) in enumerate(chunks):
+            entry = self.entry(step, number, lora, index)
+            conds = entry["model_conds"] | {LABEL: Label(label)}
+            (cond if index < len(step.cond) else uncond).append(entry | {"model_conds": conds})
+        options = step.options | {"model_function_wrapper": wrapper}
+        self.backend.evaluate(step.model, cond, uncond or None, step.x, step.sigma, options)
+        return torch.stack([results[label] for label in range(len(chunks))])
+
+
+# --- entering ---------------------------------------------------------------------------------------------------------
+
+
+def check_supported(p: Any) -> None:
+    """Raises `UnsupportedError` for what cannot be composed here."""
+    if getattr(shared.opts, "dynamic_clip_skip_enabled", False):
+        raise UnsupportedError("LoRAtorio: dynamic clip skip is not supported")
+
+
+def tell_of_the_pass(generation: Generation) -> None:
+    """Note what the pass at hand does without."""
+    p = generation.p
+    if getattr(p, "refiner_checkpoint_info", None) is not None:
+        generation.note("from the refiner on the LoRAs act merged")
+    guidance = p.hr_cfg if getattr(p, "is_hr_pass", False) else p.cfg_scale
+    if guidance == 1 and generation.settings.method == "loratorio":
+        generation.note("no unconditional pass at CFG scale 1, so guidance is not re-centred")
+
+
+def open_sampling(generation: Generation) -> ForgeSampling | None:
+    """Composition for the sampling pass that is about to begin, or None where there is nothing to compose."""
+    if generation.settings.method == "merge":
+        return None
+    networks = lora_extension()
+    active = active_loras(generation.p, networks)
+    tell_of_loras(generation, [lora.name for lora in active])
+    if not active:
+        return None
+    tell_of_the_pass(generation)
+    return ForgeSampling(generation, networks, list({lora.file: lora for lora in active}.values()))
+
+
+def begin(p: Any, args: Sequence[Any]) -> None:
+    """Take up a generation (see `Generation.begin`)."""
+    Generation.begin(p, args, open_sampling, shared.state.interrupt)

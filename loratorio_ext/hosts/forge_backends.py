@@ -1,0 +1,163 @@
+"""Where Forge and reForge differ: how LoRAs are stored and merged, how a step's evaluation is called and replaced."""
+
+import uuid
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from loratorio_ext.errors import UnsupportedError
+from loratorio_ext.hosts.forge_patches import Patches
+
+Evaluation = Callable[[Any, list, list | None, Tensor, Tensor, dict], tuple[Tensor, Tensor | None]]
+"""``evaluation(model, cond, uncond, x, sigma, options)``: a step's x0, conditional and not, ``[B, C, H, W]`` each."""
+
+
+class Backend(Protocol):
+    """What a host of Forge's family does in its own way."""
+
+    def patches(self, patcher: Any, before: Any) -> Patches:
+        """The patches that one patcher holds and another, of the same model, does not."""
+
+    def strip(self, patcher: Any, loaded: Any, original: Any) -> None:
+        """Take from a patcher of our own what ``loaded`` holds and ``original`` does not: the prompt's LoRAs."""
+
+    def dense(self, weight: Tensor) -> Tensor:
+        """A weight as numbers."""
+
+    def merge(self, patches: list, weight: Tensor, name: str) -> Tensor:
+        """The weight with patches merged in by the host, the given tensor left as it is."""
+
+    def evaluate(self, model: Any, cond: list, uncond: list | None, x: Tensor, sigma: Tensor, options: dict) -> None:
+        """Run the model on these entries, in as many calls as the host thinks fit."""
+
+    def replace_evaluation(self, unet: Any, evaluation: Evaluation) -> Callable[[], None]:
+        """Let a patcher of our own use ``evaluation`` in every step; returns what undoes it."""
+
+
+class Forge:
+    """Patches lie by file; the step's evaluation is prepared before the host's own, which then only passes it on."""
+
+    def patches(self, patcher: Any, before: Any) -> Patches:
+        found: Patches = {}
+        for identifier, by_name in patcher.lora_patches.items():
+            if identifier not in before.lora_patches:
+                for name, patches in by_name.items():
+                    found.setdefault(name, []).extend(patches)
+        return found
+
+    def strip(self, patcher: Any, loaded: Any, original: Any) -> None:
+        prompts = loaded.lora_patches.keys() - original.lora_patches.keys()
+        patcher.lora_patches = {key: value for key, value in patcher.lora_patches.items() if key not in prompts}
+
+    def dense(self, weight: Tensor) -> Tensor:
+        if hasattr(weight, "bnb_quantized"):
+            from backend.operations_bnb import functional_dequantize_4bit
+
+            return functional_dequantize_4bit(weight)
+        if hasattr(weight, "gguf_cls"):
+            from backend.operations_gguf import dequantize_tensor
+
+            return dequantize_tensor(weight)
+        return weight
+
+    def merge(self, patches: list, weight: Tensor, name: str) -> Tensor:
+        from backend.patcher.lora import merge_lora_to_weight
+
+        return merge_lora_to_weight(patches, weight, name, computation_dtype=torch.float32)
+
+    def evaluate(self, model: Any, cond: list, uncond: list | None, x: Tensor, sigma: Tensor, options: dict) -> None:
+        from backend.sampling.sampling_function import calc_cond_uncond_batch
+
+        calc_cond_uncond_batch(model, cond, uncond, x, sigma, options)
+
+    def replace_evaluation(self, unet: Any, evaluation: Evaluation) -> Callable[[], None]:
+        def before_cfg(model, cond, uncond, x, sigma, options):
+            composed = evaluation(model, cond, uncond, x, sigma, options)
+            predicted = {kind: rows for kind, rows in enumerate(composed) if rows is not None}
+            others = options.get("model_function_wrapper")
+
+            def hand_over(apply_model, args):
+                """The evaluated rows, once; whoever evaluates the model beside the host gets the model."""
+                kinds = args["cond_or_uncond"]
+                if all(kind in predicted for kind in kinds):
+                    return torch.cat([predicted.pop(kind) for kind in kinds])
+                if others is not None:
+                    return others(apply_model, args)
+                return apply_model(args["input"], args["timestep"], **args["c"])
+
+            # One entry a kind is enough, with the weight 1, and without a ControlNet, which would be run for nothing.
+            cond = [{key: value for key, value in cond[0].items() if key != "control"} | {"strength": 1.0}]
+            if uncond is not None:
+                uncond = [{key: value for key, value in uncond[0].items() if key != "control"}]
+            return model, cond, uncond, x, sigma, options | {"model_function_wrapper": hand_over}
+
+        unet.add_sampler_pre_cfg_function(before_cfg)
+        return lambda: unet.model_options["sampler_pre_cfg_function"].remove(before_cfg)
+
+
+class ReForge:
+    """Patches lie by parameter, whosever they are; the step's evaluation is replaceable as such."""
+
+    evaluation = "sampler_calc_cond_batch_function"
+
+    def patches(self, patcher: Any, before: Any) -> Patches:
+        known = {id(patch) for patches in before.patches.values() for patch in patches}
+        added = {
+            key: [patch for patch in patches if id(patch) not in known] for key, patches in patcher.patches.items()
+        }
+        return {name: patches for name, patches in added.items() if patches}
+
+    def strip(self, patcher: Any, loaded: Any, original: Any) -> None:
+        prompts = {id(patch) for patches in self.patches(loaded, original).values() for patch in patches}
+        kept = {
+            key: [patch for patch in patches if id(patch) not in prompts] for key, patches in patcher.patches.items()
+        }
+        patcher.patches = {name: patches for name, patches in kept.items() if patches}
+        patcher.patches_uuid = uuid.uuid4()
+
+    def dense(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def merge(self, patches: list, weight: Tensor, name: str) -> Tensor:
+        from ldm_patched.modules.lora import calculate_weight
+
+        return calculate_weight(patches, weight.to(torch.float32, copy=True), name)
+
+    def evaluate(self, model: Any, cond: list, uncond: list | None, x: Tensor, sigma: Tensor, options: dict) -> None:
+        from ldm_patched.modules.samplers import calc_cond_batch
+
+        others = options.get(self.evaluation)
+        if others is None:
+            calc_cond_batch(model, [cond, uncond], x, sigma, options)
+        else:
+            args = {"conds": [cond, uncond], "input": x, "sigma": sigma, "model": model, "model_options": options}
+            others(args)
+
+    def replace_evaluation(self, unet: Any, evaluation: Evaluation) -> Callable[[], None]:
+        others = unet.model_options.get(self.evaluation)
+
+        def calculate(args):
+            options = {key: value for key, value in args["model_options"].items() if key != self.evaluation}
+            if others is not None:
+                options[self.evaluation] = others
+            cond, uncond = evaluation(args["model"], *args["conds"], args["input"], args["sigma"], options)
+            return [cond, torch.zeros_like(cond) if uncond is None else uncond]
+
+        def undo():
+            unet.model_options.pop(self.evaluation, None)
+            if others is not None:
+                unet.model_options[self.evaluation] = others
+
+        unet.set_model_sampler_calc_cond_batch_function(calculate)
+        return undo
+
+
+def backend_of(unet: Any) -> Backend:
+    """The way of the host that this UNet patcher belongs to, told by what the patcher offers."""
+    if hasattr(unet, "lora_patches") and hasattr(unet, "add_sampler_pre_cfg_function"):
+        return Forge()
+    if hasattr(unet, "patches_uuid") and hasattr(unet, "set_model_sampler_calc_cond_batch_function"):
+        return ReForge()
+    raise UnsupportedError("LoRAtorio: this version of the WebUI offers no way to evaluate LoRAs one by one")

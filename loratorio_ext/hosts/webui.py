@@ -1,0 +1,62 @@
+"""What every Stable Diffusion WebUI has alike: its registry of LoRAs, its prompts, its count of steps."""
+
+import sys
+from collections.abc import Sequence
+from copy import copy
+from types import ModuleType
+from typing import Any
+
+from modules import extra_networks, processing
+
+from loratorio_ext.core import Method, Plan
+from loratorio_ext.errors import UnsupportedError
+from loratorio_ext.generation import Generation
+
+
+def lora_extension() -> ModuleType:
+    """The module ``networks`` of the host's Lora extension; raises `UnsupportedError` when that is switched off."""
+    lora = extra_networks.extra_network_registry.get("lora")
+    networks = getattr(sys.modules.get(type(lora).__module__), "networks", None)
+    if networks is None:
+        raise UnsupportedError("LoRAtorio: the WebUI's built-in Lora extension is needed, and it is disabled")
+    return networks
+
+
+def asked_loras(p: Any) -> list[Any]:
+    """The ``<lora:...>`` tags of the prompt that the pass at hand uses, as the host has parsed them."""
+    asked = p.hr_extra_network_data if getattr(p, "is_hr_pass", False) else p.extra_network_data
+    return [params for params in asked.get("lora", []) if params.positional]
+
+
+def tell_of_loras(generation: Generation, loaded: Sequence[str]) -> None:
+    """Note what is otherwise than the prompt asks: ``loaded`` are the names the host found, in prompt order."""
+    named = dict.fromkeys(params.positional[0] for params in asked_loras(generation.p))
+    missing = [name for name in named if name not in loaded]
+    if missing:
+        generation.note(f"composed without {', '.join(missing)}: not found, or it failed to load")
+    if len(set(loaded)) < len(loaded):
+        generation.note("a LoRA named more than once takes part once, at its last multiplier")
+    if not loaded:
+        generation.note("no LoRA is active, so there is nothing to compose")
+
+
+def encode(p: Any) -> tuple[Any, Any]:
+    """The prompts' schedules of conditionings, positive and negative, with the text encoders as they are now.
+
+    The host's own code computes them, on a copy of ``p`` with caches of its own: the host's caches know a
+    conditioning by its prompt alone, and must never hold one that was made with other LoRAs than the prompt's.
+    """
+    own = copy(p)
+    own.cached_c, own.cached_uc, own.cached_hr_c, own.cached_hr_uc = ([None, None] for _ in range(4))
+    if getattr(p, "is_hr_pass", False):
+        own.hr_c = None
+        own.calculate_hr_conds()
+        return own.hr_c, own.hr_uc
+    processing.StableDiffusionProcessing.setup_conds(own)
+    return own.c, own.uc
+
+
+def plan_step(generation: Generation, method: Method, denoiser: Any, n: int) -> Plan:
+    """The plan for the denoiser's next model call; outside the window from start to end the LoRAs act merged."""
+    inside = generation.settings.composes_at(denoiser.step / denoiser.total_steps)
+    return method.plan(denoiser.step, n) if inside else Plan(host=Plan.MERGED)
