@@ -101,12 +101,14 @@ class Generation:
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """Around everything that runs in a callback: an exception stops sampling and is raised after it."""
+        """Around everything that runs in a callback: an exception stops sampling and is raised after it.
+
+        The pass is closed there, too: a host may be going through its list of callbacks now.
+        """
         try:
             yield
         except Exception as error:
             self.fail(error)
-            self.close()
             self._interrupt()
 
     def close(self) -> None:

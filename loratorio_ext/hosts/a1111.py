@@ -223,10 +223,10 @@ class A1111Sampling:
     def before_unet(self, params: script_callbacks.CFGDenoiserParams) -> None:
         """``on_cfg_denoiser``: let the host's own pass be the one the plan asks for."""
         denoiser = params.denoiser
-        if denoiser.p is not self.p:
+        self.step.close()
+        if denoiser.p is not self.p or self.generation.error is not None:
             return
         with self.generation.guarded():
-            self.step.close()
             if self.model != loaded_model():
                 self.prepare()
             self.denoiser = denoiser
@@ -249,10 +249,12 @@ class A1111Sampling:
 
     def after_unet(self, params: script_callbacks.CFGDenoisedParams) -> None:
         """``on_cfg_denoised``: evaluate the isolated LoRAs and put the composed rows in the host's place."""
-        if self.plan.host == Plan.MERGED or self.denoiser.inner_model is not params.inner_model:
+        self.step.close()
+        if self.generation.error is not None or self.plan.host == Plan.MERGED:
+            return
+        if self.denoiser.inner_model is not params.inner_model:
             return
         with self.generation.guarded():
-            self.step.close()
             with only(self.networks, []):
                 predictions = self.predict(params.x)
             composed = self.method.combine(predictions)

@@ -98,6 +98,7 @@ HIRES_ROWS = {
     "steps of its own": {"hr_second_pass_steps": 5},
     "prompt and LoRAs of its own": {"hr_prompt": "a red boat <lora:unet_only:1> <lora:rank_1:0.7>"},
     "no LoRA in the second pass": {"hr_prompt": "a red boat"},
+    "LoRAs in the second pass only": {"prompt": "a red boat", "hr_prompt": TWO},
     "sampler of its own": {"hr_sampler_name": "DDIM"},
     "batch of 2": {"batch_size": 2},
 }
@@ -154,7 +155,7 @@ def test_requests(contract, request_):
 
 @pytest.mark.parametrize("row", HIRES_ROWS.values(), ids=HIRES_ROWS)
 def test_hires(contract, row):
-    contract.assert_composes(prompt=TWO, **HIRES, **row)
+    contract.assert_composes(**({"prompt": TWO} | HIRES | row))
 
 
 @pytest.mark.parametrize("sampler", ["Euler", "DDIM"])

@@ -89,7 +89,7 @@ def before_unet(params):
 
 
 def after_unet(result):
-    if run.options is None or run.options["method"] == "merge":
+    if run.options is None or not run.loras or run.options["method"] == "merge":
         return
     params, options, denoiser = run.params, run.options, run.params.denoiser
     step, inner_model = denoiser.step, result.inner_model
@@ -166,7 +166,6 @@ class ReferenceScript(scripts.Script):
         active = {each.name: each for each in networks().loaded_networks}.values()
         run.loras = [(each.name, each.te_multiplier, each.unet_multiplier, each.dyn_dim) for each in active]
         if not run.loras:
-            run.options = None
             return
         run.texts = {}
         for lora in [None, *run.loras]:
