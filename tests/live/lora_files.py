@@ -352,7 +352,7 @@ def glora(layer: Layer, draw: Draw) -> Weights:
     (out, channels), rank = layer.weight.shape, draw.rank
     a1, a2 = draw.normal(rank, channels), draw.normal(channels, rank)
     b1, b2 = draw.normal(rank, channels), draw.normal(out, rank)
-    a2, b2 = draw.fit(a2, layer.weight @ a2 @ a1, 2**0.5), draw.fit(b2, b2 @ b1, 2**0.5)
+    a2, b2 = draw.fit(a2, layer.weight.float() @ a2 @ a1, 2**0.5), draw.fit(b2, b2 @ b1, 2**0.5)
     return {"a1.weight": a1, "a2.weight": a2, "b1.weight": b1, "b2.weight": b2, "alpha": torch.tensor(float(rank))}
 
 
