@@ -44,19 +44,25 @@ class Lora:
     text: float
 
 
-def active_loras(p: Any, networks: ModuleType) -> list[Lora]:
-    """The prompt's LoRAs that the host found, in prompt order, repetitions included.
+def on_disk(networks: ModuleType, name: str) -> Any:
+    """The host's entry for a LoRA by the name in a prompt, or None."""
+    ambiguous = name.lower() in networks.forbidden_network_aliases
+    return (networks.available_networks if ambiguous else networks.available_network_aliases).get(name)
 
-    The host keeps multipliers nowhere but in a text, and not even there when it failed to find one of the LoRAs.
+
+def active_loras(p: Any, networks: ModuleType) -> list[Lora]:
+    """The prompt's LoRAs that there are, in prompt order, repetitions included.
+
+    Read from the prompt, since the host drops all LoRAs when it does not find one.
     """
-    files = {network.mentioned_name: network.network_on_disk.filename for network in networks.loaded_networks}
     found = []
     for params in asked_loras(p):
         name, *numbers = params.positional
-        if name in files:
+        entry = on_disk(networks, name)
+        if entry is not None:
             text = float(params.named.get("te", numbers[0] if numbers else 1.0))
             unet = float(params.named.get("unet", numbers[1] if len(numbers) > 1 else text))
-            found.append(Lora(name, files[name], unet, text))
+            found.append(Lora(name, entry.filename, unet, text))
     return found
 
 

@@ -9,7 +9,10 @@ from tests.contract.rows import Contract
 largest_differences: dict[str, dict[str, int]] = defaultdict(dict)
 
 
-@pytest.fixture(scope="session", params=["double", pytest.param("a1111", marks=pytest.mark.live)])
+LIVE = [pytest.param(host, marks=pytest.mark.live) for host in ("a1111", "forge", "reforge")]
+
+
+@pytest.fixture(scope="session", params=["double", *LIVE])
 def webui(request, tmp_path_factory):
     """A host with the extension and the brute-force reference in it, and LoRA files of every kind."""
     if request.param == "double":
@@ -17,10 +20,15 @@ def webui(request, tmp_path_factory):
 
         with Double(tmp_path_factory.mktemp("double")) as double:
             yield double
-    else:
+    elif request.param == "a1111":
         from tests.live.conftest import tiny_webui
 
         with tiny_webui("sd1", tmp_path_factory) as real:
+            yield real
+    else:
+        from tests.live.forge import Forge, ReForge, small_webui
+
+        with small_webui({"forge": Forge, "reforge": ReForge}[request.param], tmp_path_factory) as real:
             yield real
 
 

@@ -49,7 +49,7 @@ class Contract:
 
     def generate(self, payload: dict, scripts: dict | None = None):
         payload = dict(payload)
-        options = HOST_OPTIONS | payload.pop("host_options", {})
+        options = self.known(HOST_OPTIONS | payload.pop("host_options", {}))
         image = payload.pop("image", None)
         arguments = payload | {"override_settings": options, "alwayson_scripts": scripts or {}}
         if image is None:
@@ -57,6 +57,14 @@ class Contract:
         # The host encodes an image with noise drawn from where the generation before it left its generator.
         self.webui.txt2img(prompt="", seed=1, steps=1)
         return self.webui.img2img(image, **arguments)
+
+    def known(self, options: dict) -> dict:
+        """The options that the host has; skips a row that is about another one."""
+        names = getattr(self.webui, "option_names", options)
+        for name, value in options.items():
+            if name not in names and value != HOST_OPTIONS[name]:
+                pytest.skip(f"{self.host} has no option {name}")
+        return {name: value for name, value in options.items() if name in names}
 
     def plain(self, **payload):
         """The host's own image, the extension switched off."""
@@ -82,12 +90,12 @@ class Contract:
         return composed
 
     def require(self, payload: dict) -> None:
-        """Skip what only a real host has."""
+        """Skip what this host has not."""
         names = getattr(self.webui, "sampler_names", None)
         wanted = payload.get("sampler_name", "Euler")
         if names is not None and wanted not in names:
-            pytest.skip(f"the double has no sampler {wanted}")
+            pytest.skip(f"{self.host} has no sampler {wanted}")
         loras = getattr(self.webui, "lora_names", None)
         for name in [part.split(":")[1] for part in payload.get("prompt", "").split("<")[1:]]:
             if loras is not None and name not in loras:
-                pytest.skip(f"the double has no LoRA {name}")
+                pytest.skip(f"{self.host} reads no LoRA {name}")

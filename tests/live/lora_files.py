@@ -8,7 +8,8 @@ or, for the whole ``CATALOGUE``::
     python tests/live/lora_files.py --checkpoint tiny-sd1.safetensors --out models/Lora
 
 Needs torch, numpy and safetensors. Key names are kohya's: diffusers' layer names for SD 1.x and 2.x, the checkpoint's
-own for SDXL. ``strength`` is the ratio of root mean squares of a layer's change and its weight, whatever the kind.
+own for SDXL and for UNets of another depth than Stable Diffusion's, which diffusers has no names for. ``strength`` is
+the ratio of root mean squares of a layer's change and its weight, whatever the kind.
 Files depend on the recipe and the checkpoint alone.
 """
 
@@ -139,9 +140,10 @@ def read_layers(checkpoint: Path) -> list[Layer]:
     """Linear, convolution and norm layers of UNet and text models, in the checkpoint's order."""
     weights = load_file(checkpoint)
     is_sdxl = any(key.startswith(SDXL_CLIP) for key in weights)
+    own_names = is_sdxl or f"{UNET}input_blocks.3.0.op.weight" not in weights
     te, te2 = ("lora_te1", "lora_te2") if is_sdxl else ("lora_te", "lora_te")
     layers = [
-        *plain_layers(weights, UNET, lambda path: key_name("lora_unet", path if is_sdxl else diffusers_path(path))),
+        *plain_layers(weights, UNET, lambda path: key_name("lora_unet", path if own_names else diffusers_path(path))),
         *plain_layers(weights, SDXL_CLIP if is_sdxl else CLIP, lambda path: key_name(te, f"text_model.encoder.{path}")),
         *open_clip_layers(weights, SDXL_OPEN_CLIP if is_sdxl else OPEN_CLIP, te2),
     ]
@@ -350,7 +352,7 @@ def glora(layer: Layer, draw: Draw) -> Weights:
     (out, channels), rank = layer.weight.shape, draw.rank
     a1, a2 = draw.normal(rank, channels), draw.normal(channels, rank)
     b1, b2 = draw.normal(rank, channels), draw.normal(out, rank)
-    a2, b2 = draw.fit(a2, layer.weight @ a2 @ a1, 2**0.5), draw.fit(b2, b2 @ b1, 2**0.5)
+    a2, b2 = draw.fit(a2, layer.weight.float() @ a2 @ a1, 2**0.5), draw.fit(b2, b2 @ b1, 2**0.5)
     return {"a1.weight": a1, "a2.weight": a2, "b1.weight": b1, "b2.weight": b2, "alpha": torch.tensor(float(rank))}
 
 

@@ -121,9 +121,9 @@ def prepare_data_dir(folder: Path, extensions: Iterable[Path] = ()) -> Path:
     return folder
 
 
-def host_python(host: Path) -> str:
-    """Python interpreter of an installed WebUI; the variable ``LORATORIO_A1111_PYTHON`` goes first."""
-    return os.environ.get("LORATORIO_A1111_PYTHON") or str(host / "venv" / "bin" / "python")
+def host_python(host: Path, name: str = "A1111") -> str:
+    """Python interpreter of an installed WebUI; the variable ``LORATORIO_{name}_PYTHON`` goes first."""
+    return os.environ.get(f"LORATORIO_{name}_PYTHON") or str(host / "venv" / "bin" / "python")
 
 
 def free_port() -> int:
@@ -141,6 +141,11 @@ class WebUI:
     ``url``. ``debug``: log at level DEBUG, where the host tells of network keys that match no layer and of layers
     that a network does not fit. ``timeout``: seconds to wait for the start.
     """
+
+    name = "A1111"
+    cpu_flags = CPU_FLAGS
+    loaded = "Model loaded in"
+    """what the log says once the checkpoint is loaded"""
 
     def __init__(
         self,
@@ -160,9 +165,9 @@ class WebUI:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.command = [
-            host_python(self.host),
+            host_python(self.host, self.name),
             "launch.py",
-            *CPU_FLAGS,
+            *self.cpu_flags,
             *([] if ui else ["--nowebui"]),
             *(["--loglevel", "DEBUG"] if debug else []),
             *("--port", str(port), "--data-dir", str(self.data), "--ckpt", str(Path(checkpoint).resolve())),
@@ -254,7 +259,7 @@ class WebUI:
                 raise WebUIError(f"the server ended with status {self._process.returncode}:\n{self._log_tail()}")
             if LOADING_FAILED in self.log():
                 raise WebUIError(f"the checkpoint was not loaded:\n{self._log_tail()}")
-            if "Model loaded in" in self.log() and self._answers():
+            if self.loaded in self.log() and self._answers():
                 return
             time.sleep(0.25)
         raise WebUIError(f"no answer within {self.timeout:.0f} s:\n{self._log_tail()}")

@@ -1,0 +1,235 @@
+"""A script for Forge and its relatives that composes by brute force, for the tests: every row of the batch is a model
+call of its own, made with each LoRA's weights in turn, which the host's own arithmetic has merged into the model; the
+mathematics is the oracle's.
+
+Its one argument is a dict of all of LoRAtorio's options, or None to do nothing.
+"""
+
+import ast
+import importlib.util
+import sys
+import uuid
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from modules import extra_networks, prompt_parser, scripts, sd_samplers, shared
+
+TESTS = Path(__file__).resolve().parents[3]
+spec = importlib.util.spec_from_file_location("loratorio_oracle", TESTS / "oracle.py")
+oracle = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(oracle)
+
+FORGE = importlib.util.find_spec("backend") is not None
+
+
+def load(model, file, unet_strength, text_strength):
+    """Patchers of the UNet and the text encoders that hold this LoRA and nothing else."""
+    networks = sys.modules[type(extra_networks.extra_network_registry["lora"]).__module__].networks
+    original, weights = model.forge_objects_original, networks.load_lora_state_dict(file)
+    return networks.load_lora_for_models(
+        original.unet, original.clip, weights, unet_strength, text_strength, filename=file
+    )
+
+
+def patches_of(patcher):
+    """{parameter: [patch, ...]}"""
+    if not FORGE:
+        return dict(patcher.patches)
+    found = {}
+    for by_name in patcher.lora_patches.values():
+        for name, patches in by_name.items():
+            found[name] = found.get(name, []) + patches
+    return found
+
+
+def without_loras(patcher):
+    patcher = patcher.clone()
+    if FORGE:
+        patcher.lora_patches = {}
+    else:
+        patcher.patches, patcher.patches_uuid = {}, uuid.uuid4()
+    return patcher
+
+
+def merged(patches, weight, name):
+    if FORGE:
+        from backend.patcher.lora import merge_lora_to_weight
+
+        return merge_lora_to_weight(patches, weight, name, computation_dtype=torch.float32)
+    from ldm_patched.modules.lora import calculate_weight
+
+    return calculate_weight(patches, weight.to(torch.float32, copy=True), name).to(weight.dtype)
+
+
+@contextmanager
+def weights(model, patches):
+    """While entered, the model's own parameters are the merged ones."""
+    before = []
+    try:
+        for name, of_parameter in patches.items():
+            path, _, leaf = name.rpartition(".")
+            module = model.get_submodule(path)
+            own = module._parameters[leaf]
+            before.append((module, leaf, own))
+            module._parameters[leaf] = torch.nn.Parameter(merged(of_parameter, own, name), requires_grad=False)
+        yield
+    finally:
+        for module, leaf, own in before:
+            module._parameters[leaf] = own
+
+
+def encode(p, clip):
+    """Schedules of the prompts and the negative prompts (None where the host has none)."""
+    model, hires = p.sd_model, getattr(p, "is_hr_pass", False)
+    prompts, negatives = (p.hr_prompts, p.hr_negative_prompts) if hires else (p.prompts, p.negative_prompts)
+    width, height = (p.hr_upscale_to_x, p.hr_upscale_to_y) if hires else (p.width, p.height)
+    more = {"distilled_cfg_scale": p.distilled_cfg_scale} if FORGE else {}
+    hires_steps = None
+    if hires:
+        config = sd_samplers.find_sampler_config(p.hr_sampler_name or p.sampler_name)
+        hires_steps = config.total_steps(p.hr_second_pass_steps or p.steps)
+    steps = (p.firstpass_steps, hires_steps, shared.opts.use_old_scheduling)
+    positive = prompt_parser.SdConditioning(prompts, width=width, height=height, **more)
+    negative = prompt_parser.SdConditioning(negatives, width=width, height=height, is_negative_prompt=True, **more)
+    before, model.forge_objects.clip = model.forge_objects.clip, clip
+    try:
+        if FORGE:
+            model.set_clip_skip(int(shared.opts.CLIP_stop_at_last_layers))
+        cond = prompt_parser.get_multicond_learned_conditioning(model, positive, *steps)
+        if (p.hr_uc if hires else p.uc) is None:
+            return cond, None
+        return cond, prompt_parser.get_learned_conditioning(model, negative, *steps)
+    finally:
+        model.forge_objects.clip = before
+
+
+def row_of(text, row):
+    if isinstance(text, dict):
+        return {key: value[row : row + 1] for key, value in text.items()}
+    return text[row : row + 1]
+
+
+class Run:
+    """One sampling pass."""
+
+    def __init__(self, p, options, conds):
+        self.p, self.options, self.conds = p, options, conds
+        model = p.sd_model
+        active = {file: (file, *numbers[:2]) for file, *numbers in ast.literal_eval(model.current_lora_hash)}
+        original = model.forge_objects_original
+        loaded = [load(model, *lora) for lora in active.values()]
+        self.patches = [patches_of(unet) for unet, _ in loaded]
+        self.texts = [encode(p, clip) for _, clip in loaded]
+        self.base_text = encode(p, original.clip)
+        self.all_patches = patches_of(model.forge_objects_after_applying_lora.unet)
+
+    def predict(self, model, patches, text, cond, uncond, x, sigma):
+        """Every row alone: (layout, cond [R,C,H,W], uncond [B,C,H,W] or None) as float64; rows image by image."""
+        step = self.p.sampler.model_wrap_cfg.step
+        layout, cond_text = prompt_parser.reconstruct_multicond_batch(text[0], step)
+
+        def call(image, row, entry):
+            conditions = {key: each.cond[image : image + 1] for key, each in entry["model_conds"].items()}
+            conditions["c_crossattn"] = row["crossattn"] if isinstance(row, dict) else row
+            if isinstance(row, dict):
+                conditions["y"] = row["vector"]
+            output = model.apply_model(
+                x[image : image + 1], sigma[image : image + 1], transformer_options={}, **conditions
+            )
+            return output.double().numpy()[0]
+
+        with weights(model, patches):
+            conds = [
+                call(image, row_of(cond_text, index), cond[0])
+                for image, parts in enumerate(layout)
+                for index, _ in parts
+            ]
+            unconds = None
+            if uncond is not None:
+                uncond_text = prompt_parser.reconstruct_cond_batch(text[1], step)
+                unconds = np.stack([call(image, row_of(uncond_text, image), uncond[0]) for image in range(len(x))])
+        return layout, np.stack(conds), unconds
+
+    def evaluate(self, model, cond, uncond, x, sigma):
+        """The step's cond and uncond, as tensors like x."""
+        denoiser, options = self.p.sampler.model_wrap_cfg, self.options
+        progress = denoiser.step / denoiser.total_steps
+        where = (cond, uncond, x, sigma)
+        if progress < options["start"] or (progress >= options["end"] and options["end"] < 1):
+            layout, conds, unconds = self.predict(model, self.all_patches, self.conds, *where)
+        else:
+            layout, conds, unconds = self.composed(model, *where)
+        total, image_of_row = np.zeros(x.shape), [image for image, parts in enumerate(layout) for _ in parts]
+        strengths = [strength for parts in layout for _, strength in parts]
+        for row, image in enumerate(image_of_row):
+            share = strengths[row] / sum(s for s, i in zip(strengths, image_of_row) if i == image)
+            total[image] += share * conds[row]
+        return [torch.from_numpy(total).to(x), None if unconds is None else torch.from_numpy(unconds).to(x)]
+
+    def composed(self, model, *where):
+        x, sigma = where[2].double().numpy(), where[3].double().numpy()
+        layout, base_cond, base_uncond = self.predict(model, {}, self.base_text, *where)
+        loras = [self.predict(model, patches, text, *where)[1:] for patches, text in zip(self.patches, self.texts)]
+        conds = np.stack([each[0] for each in loras])
+        unconds = None if base_uncond is None else np.stack([each[1] for each in loras])
+        if self.options["method"] == "composite":
+            return layout, oracle.composite(conds), None if unconds is None else oracle.composite(unconds)
+        if self.options["method"] == "switch":
+            turn = oracle.switch(self.p.sampler.model_wrap_cfg.step, self.options["switch_every"], len(loras))
+            return layout, conds[turn], None if unconds is None else unconds[turn]
+        image_of_row = [image for image, parts in enumerate(layout) for _ in parts]
+
+        def noise(rows):
+            return (x[image_of_row] - rows) / sigma[image_of_row].reshape(-1, 1, 1, 1)
+
+        eps = np.stack([noise(each) for each in conds])
+        cond, uncond, _ = oracle.loratorio(
+            eps, noise(base_cond), conds, unconds, base_uncond, image_of_row, self.options
+        )
+        return layout, cond, uncond
+
+
+def hook(unet, run):
+    """Let the run's evaluation stand for the host's."""
+    if not FORGE:
+        unet.set_model_sampler_calc_cond_batch_function(
+            lambda args: [
+                torch.zeros_like(args["input"]) if rows is None else rows
+                for rows in run.evaluate(args["model"], *args["conds"], args["input"], args["sigma"])
+            ]
+        )
+        return
+
+    def before_cfg(model, cond, uncond, x, sigma, options):
+        found = run.evaluate(model, cond, uncond, x, sigma)
+
+        def hand_over(apply_model, args):
+            return torch.cat([found[kind] for kind in args["cond_or_uncond"]])
+
+        return model, [cond[0] | {"strength": 1.0}], uncond, x, sigma, options | {"model_function_wrapper": hand_over}
+
+    unet.add_sampler_pre_cfg_function(before_cfg)
+
+
+class ReferenceScript(scripts.Script):
+    def title(self):
+        return "LoRAtorio reference"
+
+    def show(self, is_img2img):
+        return scripts.AlwaysVisible
+
+    def ui(self, is_img2img):
+        import gradio
+
+        return [gradio.JSON(value=None, visible=False)]
+
+    def process_before_every_sampling(self, p, options, **kwargs):
+        model = p.sd_model
+        if options is None or options["method"] == "merge" or not ast.literal_eval(model.current_lora_hash):
+            return
+        run = Run(p, options, (kwargs["c"], kwargs["uc"]))
+        unet = without_loras(model.forge_objects.unet)
+        hook(unet, run)
+        model.forge_objects.unet = unet
