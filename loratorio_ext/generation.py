@@ -5,7 +5,7 @@ not swallowed: errors raised meanwhile are kept, sampling is stopped, and the er
 the user and the API.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -37,6 +37,8 @@ class Generation:
         self.p = p
         self.settings = Settings()
         self.error: LoRAtorioError | None = None
+        self.prepared: dict[Hashable, Any] = {}
+        """What one sampling pass has prepared and the next one of the same generation may use again."""
         self.memory: dict[str, Any] = {}
         """What a host keeps from one sampling pass for the next."""
         self._open_sampling = open_sampling
@@ -89,6 +91,12 @@ class Generation:
         notes = self.p.extra_generation_params.get(NOTE_KEY, "")
         if text not in notes:
             self.p.extra_generation_params[NOTE_KEY] = f"{notes}; {text}" if notes else text
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What ``make()`` returns, made once in this generation for all that it depends on (``key``)."""
+        if key not in self.prepared:
+            self.prepared[key] = make()
+        return self.prepared[key]
 
     def fail(self, error: Exception) -> None:
         """Keep the first error, in the form that reaches the user."""

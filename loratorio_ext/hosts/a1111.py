@@ -194,9 +194,21 @@ class A1111Sampling:
         script_callbacks.remove_callbacks_for_function(self.after_unet)
 
     def prepare(self) -> None:
-        """Conditionings and branches for the model that is loaded now."""
+        """Conditionings and branches for the model that is loaded now, made once for all batches that share them."""
         check_supported()
         self.model = loaded_model()
+        multipliers = tuple((lora, lora.unet_multiplier, lora.te_multiplier, lora.dyn_dim) for lora in self.loras)
+        self.isolated = self.generation.once((self.model, multipliers), self.isolate)
+        self.isolation = self.isolated.isolation
+        hires = getattr(self.p, "is_hr_pass", False)
+        prompts = (
+            (self.p.hr_prompts, self.p.hr_negative_prompts) if hires else (self.p.prompts, self.p.negative_prompts)
+        )
+        key = (self.model, multipliers, hires, *map(tuple, prompts))
+        self.base_text, self.texts = self.generation.once(key, self.encode_all)
+
+    def isolate(self) -> IsolatedCalls:
+        """The LoRAs' branches on the UNet's layers."""
         layers = shared.sd_model.network_layer_mapping
         branches = []
         with only(self.networks, []):
@@ -208,11 +220,13 @@ class A1111Sampling:
                 branches.append(fitting)
                 if misfits:
                     self.generation.note(f"{lora.name} does not fit {len(misfits)} layers of this model")
-        self.base_text = self.encode([])
-        self.texts = [self.encode([lora]) if speaks_to_text_encoder(lora) else self.base_text for lora in self.loras]
-        self.isolation = Isolation(layers, branches)
         rows_like_host = None if shared.opts.batch_cond_uncond else self.p.batch_size
-        self.isolated = IsolatedCalls(self.isolation, rows_like_host)
+        return IsolatedCalls(Isolation(layers, branches), rows_like_host)
+
+    def encode_all(self) -> tuple[Any, list[Any]]:
+        """The prompts' schedules of conditionings: the bare model's, and each LoRA's."""
+        base = self.encode([])
+        return base, [self.encode([lora]) if speaks_to_text_encoder(lora) else base for lora in self.loras]
 
     def encode(self, active: Sequence[Any]) -> tuple[Any, Any]:
         """Schedules of conditionings, positive and negative, with just the LoRAs ``active``."""

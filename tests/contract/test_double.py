@@ -189,3 +189,23 @@ def test_the_interpreter_is_left_as_it_was(tmp_path):
 )
 def test_prompt_schedules(webui, prompt, steps, hires_steps, expected):
     assert webui.module("modules.prompt_parser").schedule(prompt, steps, hires_steps, False) == expected
+
+
+@pytest.mark.parametrize(
+    "edit, encodings", [(False, 2), (True, 4)], ids=["same prompt", "another prompt in each batch"]
+)
+def test_batches_share_what_was_prepared(webui, monkeypatch, edit, encodings):
+    """The base and the LoRA that speaks to the text encoder are encoded once for a prompt, and anew for another."""
+    a1111 = webui.module("loratorio_ext.hosts.a1111")
+    processing = webui.module("modules.processing").StableDiffusionProcessing
+    seen = []
+    encode, parse = a1111.encode, processing.parse_extra_network_prompts
+
+    def vary(p):
+        p.prompts = [prompt.replace("cat", f"cat {p.seeds[0]}") if edit else prompt for prompt in p.prompts]
+        return parse(p)
+
+    monkeypatch.setattr(a1111, "encode", lambda p: seen.append(p.prompts) or encode(p))
+    monkeypatch.setattr(processing, "parse_extra_network_prompts", vary)
+    webui.txt2img(prompt=TWO, n_iter=2, alwayson_scripts={"LoRAtorio": {"args": [True]}})
+    assert len(seen) == encodings
