@@ -50,7 +50,9 @@ def combine(base: Tensor, isolated: Tensor, method=METHOD) -> Tensor:
     """The composition arithmetic of one step: ``base [2, C, H, W]``, ``isolated [N, 1 or 2, C, H, W]``."""
     uncond = isolated[:, 1:] if isolated.shape[1] > 1 else None
     cond = isolated[:, :1]
-    return method.combine(Predictions(base[:1], base[1:], cond, uncond, base[:1], cond, image_of_row=(0,))).cond
+    return method.combine(
+        Predictions(base[:1], base[1:], cond, uncond, base[:1], cond, image_of_row=(0,), gain=1.0)
+    ).cond
 
 
 def loratorio(unet: nn.Module, arguments: dict, loras: Sequence[dict[str, LowRank]], rows: int = 2) -> Way:

@@ -211,3 +211,32 @@ def switch(step, every, n):
     for _ in range(step // every):
         turn = 0 if turn == n - 1 else turn + 1
     return turn
+
+
+class Reuse:
+    """Section 5: a few LoRAs are fresh in a step; of the others the last known difference from the base is taken."""
+
+    def __init__(self, refresh, warmup):
+        self.refresh, self.warmup = refresh, warmup
+        self.steps, self.turn = 0, 0
+        self.cond, self.uncond = {}, {}
+
+    def __call__(self, eps, eps_base, unconds, base_uncond, gain):
+        """What is known of every LoRA in this step: (eps [N,R,C,H,W], unconds [N,B,C,H,W]).
+
+        Given is what a full evaluation finds; of it only the fresh LoRAs' part is looked at.
+        """
+        n = len(eps)
+        fresh = list(range(n))
+        if self.steps >= self.warmup and self.refresh < n:
+            fresh = [(self.turn + i) % n for i in range(self.refresh)]
+            self.turn = (self.turn + self.refresh) % n
+        self.steps += 1
+        for i in fresh:
+            self.cond[i] = eps[i] - eps_base
+            if base_uncond is not None:
+                self.uncond[i] = (unconds[i] - base_uncond) / gain
+        known = np.stack([eps_base + self.cond.get(i, 0) for i in range(n)])
+        if base_uncond is None:
+            return known, unconds
+        return known, np.stack([base_uncond + gain * self.uncond.get(i, 0) for i in range(n)])

@@ -554,6 +554,7 @@ def step(n, image_of_row, seed=0, size=(7, 5), spread=0.7, with_uncond=True, iso
         eps_base=eps_base,
         eps=eps,
         image_of_row=tuple(image_of_row),
+        gain=-sigma,
     )
 
 
@@ -643,6 +644,7 @@ class TestLoRAtorio:
             eps_base=one.eps_base,
             eps=one.eps.expand(n, -1, -1, -1, -1),
             image_of_row=one.image_of_row,
+            gain=-2.5,
         )
         method = core.LoRAtorio(**options(temperature_mode=mode, relativity=gamma))
         result = method.combine(copies)
@@ -662,6 +664,7 @@ class TestLoRAtorio:
             eps_base=one.eps_base,
             eps=one.eps_base.expand(3, -1, -1, -1, -1),
             image_of_row=one.image_of_row,
+            gain=-2.5,
         )
         result = core.LoRAtorio(**options(temperature_mode=mode, relativity=gamma)).combine(silent)
         assert_close(result.weights, np.full(result.weights.shape, 1 / 3))
@@ -699,6 +702,7 @@ class TestLoRAtorio:
             eps_base=predictions.eps_base,
             eps=predictions.eps[order],
             image_of_row=predictions.image_of_row,
+            gain=-2.5,
         )
         method = core.LoRAtorio(**chosen)
         first, second = method.combine(predictions), method.combine(shuffled)
@@ -717,6 +721,7 @@ class TestLoRAtorio:
             eps_base=one.eps_base.repeat(2, 1, 1, 1),
             eps=one.eps.repeat(1, 2, 1, 1, 1),
             image_of_row=(0, 0, 1, 2, 2, 3),
+            gain=-2.5,
         )
         method = core.LoRAtorio(**chosen)
         single, double = method.combine(one), method.combine(two)
@@ -808,6 +813,7 @@ def composite_step(n, dtype=torch.float32, with_uncond=True):
         eps_base=cond[0],
         eps=cond[1:],
         image_of_row=(0, 0, 1),
+        gain=-2.5,
     )
     return predictions, cond, uncond
 

@@ -56,7 +56,7 @@ class Predictions:
     eps_base: Tensor
     eps: Tensor
     image_of_row: tuple[int, ...]
-    gain: float | Tensor = 1.0
+    gain: float | Tensor
 
 
 @dataclass(frozen=True)

@@ -360,6 +360,15 @@ def predicted_noise(scheduler: Any, output: Tensor, x: Tensor, timestep: Tensor)
     raise UnsupportedError(f"LoRAtorio: models that predict {kind!r} are not supported")
 
 
+def noise_gain(scheduler: Any, timestep: Tensor) -> float:
+    """How the UNet's output moves with the noise it means; see `predicted_noise`."""
+    kind = scheduler.config.prediction_type
+    if kind == "epsilon":
+        return 1.0
+    share = float(signal_share(scheduler, timestep).flatten()[0].clamp(min=1e-8))  # 0 at zero terminal SNR
+    return share**-0.5 if kind == "v_prediction" else -(((1 - share) / share) ** 0.5)
+
+
 # --- composition ------------------------------------------------------------------------------------------------------
 
 
@@ -473,6 +482,7 @@ class Composition(ModelHook):
             eps_base=noise(output[unconds:]),
             eps=torch.stack([noise(rows) for rows in cond]) if len(cond) else cond,
             image_of_row=tuple(range(len(output) - unconds)),
+            gain=noise_gain(self.pipe.scheduler, timestep),
         )
         composed = self.method.combine(predictions)
         if composed.weights is not None:

@@ -209,9 +209,10 @@ class ForgeSampling:
     def encode(self, model: Any) -> list[tuple[Any, Any]]:
         """Schedules of conditionings, positive and negative, for each LoRA alone, and last for none."""
         conds = self.p.hr_c if getattr(self.p, "is_hr_pass", False) else self.p.c
-        known = self.generation.memory.get("texts")
-        if known is not None and known[0] is conds:  # the host announces a hires pass twice
-            return known[1]
+        # The host announces a hires pass twice, and keeps one object for batches of the same prompts.
+        return self.generation.once(conds, lambda: self.encode_all(model))
+
+    def encode_all(self, model: Any) -> list[tuple[Any, Any]]:
         with text_encoder(model, model.forge_objects_original.clip):
             base = encode(self.p)
         texts = []
@@ -221,7 +222,6 @@ class ForgeSampling:
             else:
                 with text_encoder(model, lora.clip):
                     texts.append(encode(self.p))
-        self.generation.memory["texts"] = conds, [*texts, base]
         return [*texts, base]
 
     def isolate(self, model: Any) -> Isolation:
@@ -277,6 +277,7 @@ class ForgeSampling:
             eps_base=step.predicted_noise(host[:parts]).flatten(0, 1),
             eps=step.predicted_noise(alone[:, :parts]).flatten(1, 2),
             image_of_row=tuple(range(len(step.x))) * parts,
+            gain=-step.sigma[0],
         )
         return self.method.combine(predictions)
 

@@ -30,6 +30,9 @@ OPTIONS = {
     "switch": {"method": "switch", "switch_every": 2},
     "early steps only": {"end": 0.5},
     "late steps only": {"start": 0.5},
+    "one refreshed a step": {"refresh": 1},
+    "two refreshed a step, from the first on": {"refresh": 2, "warmup": 0},
+    "one refreshed a step, base share 1": {"refresh": 1, "base_share": 1.0},
     "composite in the middle": {"method": "composite", "start": 0.25, "end": 0.75},
 }
 
@@ -140,6 +143,16 @@ def test_kinds(contract, kind):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_samplers(contract, sampler):
     contract.assert_composes(prompt=TWO, negative_prompt="fog", sampler_name=sampler)
+
+
+@pytest.mark.parametrize("sampler", ["DDIM", "Heun", "LCM"])
+def test_samplers_with_reuse(contract, sampler):
+    contract.assert_composes({"refresh": 1}, prompt=THREE, negative_prompt="fog", sampler_name=sampler)
+
+
+def test_reuse_with_and_and_ngms(contract):
+    prompt = f"{THREE} AND a dog :0.5"
+    contract.assert_composes({"refresh": 1}, prompt=prompt, batch_size=2, s_min_uncond=4.0)
 
 
 @pytest.mark.parametrize("padding", PADDINGS.values(), ids=PADDINGS)

@@ -116,6 +116,7 @@ class Run:
 
     def __init__(self, p, options, conds):
         self.p, self.options, self.conds = p, options, conds
+        self.reuse = oracle.Reuse(options["refresh"], options["warmup"])
         model = p.sd_model
         active = {file: (file, *numbers[:2]) for file, *numbers in ast.literal_eval(model.current_lora_hash)}
         original = model.forge_objects_original
@@ -184,10 +185,11 @@ class Run:
         def noise(rows):
             return (x[image_of_row] - rows) / sigma[image_of_row].reshape(-1, 1, 1, 1)
 
-        eps = np.stack([noise(each) for each in conds])
-        cond, uncond, _ = oracle.loratorio(
-            eps, noise(base_cond), conds, unconds, base_uncond, image_of_row, self.options
-        )
+        eps, eps_base = np.stack([noise(each) for each in conds]), noise(base_cond)
+        if self.options["refresh"]:
+            eps, unconds = self.reuse(eps, eps_base, unconds, base_uncond, -sigma[0])
+            conds = base_cond - sigma[0] * (eps - eps_base)
+        cond, uncond, _ = oracle.loratorio(eps, eps_base, conds, unconds, base_uncond, image_of_row, self.options)
         return layout, cond, uncond
 
 

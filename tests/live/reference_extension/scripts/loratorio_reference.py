@@ -25,6 +25,7 @@ class Run:
     options = None
     loras = []
     texts = {}
+    reuse = None
     params = None
 
 
@@ -65,15 +66,17 @@ def row_of(text, row):
     return text[row : row + 1]
 
 
-def noise(inner_model, output, x, sigma):
+def noise_scaling(inner_model, x, sigma):
+    """Of a denoiser's output for x: (what of it is x's, how it moves with the noise), each [R,...] in float64."""
     kind = type(inner_model).__name__
+    gain = -sigma.double().numpy().reshape(-1, 1, 1, 1)
     if "Timesteps" in kind:
-        return output
-    sigmas = sigma.numpy().astype(np.float64).reshape(-1, 1, 1, 1)
+        return np.zeros_like(x), np.ones_like(gain)
     if kind.startswith("LCM"):
-        t = inner_model.sigma_to_t(sigma).numpy().astype(np.float64).reshape(-1, 1, 1, 1) * 10
-        output = (output - 0.25 / (t**2 + 0.25) * x) * np.sqrt(t**2 + 0.25) / t
-    return (x - output) / sigmas
+        t = inner_model.sigma_to_t(sigma).double().numpy().reshape(-1, 1, 1, 1) * 10
+        share = t / np.sqrt(t**2 + 0.25)
+        return 0.25 / (t**2 + 0.25) * x + share * x, share * gain
+    return x, gain
 
 
 def skips_uncond(denoiser, sigma):
@@ -135,9 +138,12 @@ def after_unet(result):
         cond, uncond = conds_of[turn], unconds_of[turn]
     else:
         x, sigma = params.x[:conds].double().numpy(), params.sigma[:conds]
-        eps_base = noise(inner_model, base_cond, x, sigma)
-        eps = np.stack([noise(inner_model, each, x, sigma) for each in conds_of])
+        kept, gain = noise_scaling(inner_model, x, sigma)
+        eps_base, eps = (base_cond - kept) / gain, (conds_of - kept) / gain
         base_uncond = None if skip else base_uncond
+        if options["refresh"]:
+            eps, unconds_of = run.reuse(eps, eps_base, unconds_of, base_uncond, gain[0])
+            conds_of = base_cond + gain * (eps - eps_base)
         cond, uncond, _ = oracle.loratorio(eps, eps_base, conds_of, unconds_of, base_uncond, image_of_row, options)
     result.x[:conds] = torch.from_numpy(cond).to(result.x)
     if skip:
@@ -167,6 +173,7 @@ class ReferenceScript(scripts.Script):
         run.loras = [(each.name, each.te_multiplier, each.unet_multiplier, each.dyn_dim) for each in active]
         if not run.loras:
             return
+        run.reuse = oracle.Reuse(options["refresh"], options["warmup"])
         run.texts = {}
         for lora in [None, *run.loras]:
             load([] if lora is None else [lora])
