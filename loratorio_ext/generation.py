@@ -39,8 +39,6 @@ class Generation:
         self.error: LoRAtorioError | None = None
         self.prepared: dict[Hashable, Any] = {}
         """What one sampling pass has prepared and the next one of the same generation may use again."""
-        self.memory: dict[str, Any] = {}
-        """What a host keeps from one sampling pass for the next."""
         self._open_sampling = open_sampling
         self._interrupt = interrupt
         self._sampling: Sampling | None = None
