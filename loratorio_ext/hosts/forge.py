@@ -179,12 +179,15 @@ class ForgeSampling:
         unet = model.forge_objects.unet.clone()
         self.backend = backend_of(unet)
         check_supported(self.p)
-        self.loras = [LoadedLora(lora, model, networks, self.backend) for lora in loras]
-        for lora in self.loras:
-            if not lora.fits:
-                generation.note(f"{lora.name} has no layer of this model")
-        self.texts = self.encode(model)
-        self.isolation: Isolation | None = None
+        key = (model, *loras)
+        self.loras = generation.once(("loras", *key), lambda: self.load(model, networks, loras))
+        hires = getattr(self.p, "is_hr_pass", False)
+        prompts = (
+            (self.p.hr_prompts, self.p.hr_negative_prompts) if hires else (self.p.prompts, self.p.negative_prompts)
+        )
+        # Made once for all batches that share them; and a host may announce a hires pass more than once.
+        self.texts = generation.once(("texts", *key, hires, *map(tuple, prompts)), lambda: self.encode(model))
+        self.key = ("isolation", *key)
         self.backend.strip(unet, model.forge_objects_after_applying_lora.unet, model.forge_objects_original.unet)
         unet.add_extra_preserved_memory_during_sampling(sum(os.path.getsize(lora.file) for lora in loras))
         self.undo = self.replace_evaluation(unet)
@@ -206,13 +209,15 @@ class ForgeSampling:
 
         return self.backend.replace_evaluation(unet, evaluation)
 
+    def load(self, model: Any, networks: ModuleType, loras: list[Lora]) -> list[LoadedLora]:
+        loaded = [LoadedLora(lora, model, networks, self.backend) for lora in loras]
+        for lora in loaded:
+            if not lora.fits:
+                self.generation.note(f"{lora.name} has no layer of this model")
+        return loaded
+
     def encode(self, model: Any) -> list[tuple[Any, Any]]:
         """Schedules of conditionings, positive and negative, for each LoRA alone, and last for none."""
-        conds = self.p.hr_c if getattr(self.p, "is_hr_pass", False) else self.p.c
-        # The host announces a hires pass twice, and keeps one object for batches of the same prompts.
-        return self.generation.once(conds, lambda: self.encode_all(model))
-
-    def encode_all(self, model: Any) -> list[tuple[Any, Any]]:
         with text_encoder(model, model.forge_objects_original.clip):
             base = encode(self.p)
         texts = []
@@ -224,7 +229,7 @@ class ForgeSampling:
                     texts.append(encode(self.p))
         return [*texts, base]
 
-    def isolate(self, model: Any) -> Isolation:
+    def isolate(self, model: Any) -> tuple[Isolation, BatchedCalls]:
         """Branches for the model as it is now, with the prompt's LoRAs taken from its weights."""
 
         def made(name: str, store: Patches) -> Any:
@@ -241,15 +246,15 @@ class ForgeSampling:
         merged = made("the sum of LoRAs", joined([lora.patches for lora in self.loras])) if windowed else {}
         by_index = [*alone, merged, {}]  # so that Plan.MERGED and Plan.BASE are indices like any other
         names = {name for each in by_index for name in each}
-        return Isolation({name: model.get_submodule(name.rpartition(".")[0]) for name in names}, by_index)
+        isolation = Isolation({name: model.get_submodule(name.rpartition(".")[0]) for name in names}, by_index)
+        return isolation, BatchedCalls(isolation.forget)
 
     def compose(self, step: HostStep) -> tuple[Tensor, Tensor | None]:
         """The step's conditional and unconditional x0, ``[B, C, H, W]`` each."""
         if any(key in entry for entry in step.entries for key in REGIONAL):
             raise UnsupportedError("LoRAtorio: conditions for a region or a part of the steps are not supported")
-        if self.isolation is None:
-            self.isolation = self.isolate(step.model)
-            self.calls = BatchedCalls(self.isolation.forget)
+        # Not before the first model call: only then has the host taken its own LoRAs from the weights.
+        self.isolation, self.calls = self.generation.once(self.key, lambda: self.isolate(step.model))
         denoiser = self.p.sampler.model_wrap_cfg
         plan = plan_step(self.generation, self.method, denoiser, len(self.loras))
         composed = self.predict(step, plan, denoiser.step)

@@ -17,6 +17,9 @@ from loratorio_ext.isolation import Branch, Delta, LowRank
 Patches = dict[str, list[Sequence[Any]]]
 """Patches by parameter name."""
 
+WITHOUT_BRANCHES = (nn.Conv1d, nn.Conv3d, nn.modules.conv._ConvTransposeNd, nn.Embedding)
+"""Layers that side branches know no operation of."""
+
 Merge = Callable[[list, Tensor, str], Tensor]
 """``merge(patches, weight, name)``: the host's own arithmetic, on a copy of the weight."""
 
@@ -78,7 +81,7 @@ def branch(layer: nn.Module, leaf: str, patches: Sequence[Sequence[Any]], weight
     """The side branch of these patches at a layer's ``weight`` or ``bias``; raises where there can be none."""
     if leaf == "bias":
         return Delta(None, delta(patches, weight, leaf, merge))
-    if leaf != "weight" or (isinstance(layer, nn.modules.conv._ConvNd) and not isinstance(layer, nn.Conv2d)):
+    if leaf != "weight" or isinstance(layer, WITHOUT_BRANCHES):
         raise ValueError(f"{type(layer).__name__}.{leaf} takes no side branch")
     plain = isinstance(layer, nn.Conv2d) or weight.ndim == 2
     return (low_rank(patches, weight.shape) if plain else None) or Delta(delta(patches, weight, leaf, merge))
