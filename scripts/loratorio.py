@@ -2,9 +2,11 @@
 
 from modules import scripts
 
-from loratorio_ext import hosts
 from loratorio_ext.generation import Generation
+from loratorio_ext.hosts import webui_adapter
 from loratorio_ext.ui import build_ui
+
+host = webui_adapter()  # now, not at the first image: a host reports a script that fails to load
 
 
 class LoRAtorioScript(scripts.Script):
@@ -19,7 +21,7 @@ class LoRAtorioScript(scripts.Script):
         return components
 
     def process(self, p, *args):
-        hosts.begin(p, args)
+        host.begin(p, args)
 
     def process_before_every_sampling(self, p, *args, **kwargs):
         generation = Generation.of(p)

@@ -1,14 +1,11 @@
 """One file a host: which LoRAs are active, their conditionings, how to call the model, where the result goes."""
 
-from collections.abc import Sequence
+from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from types import ModuleType
 
 
-def begin(p: Any, args: Sequence[Any]) -> None:
-    """Take up a generation of the WebUI that runs here (see `Generation.begin`)."""
-    if find_spec("modules_forge") is not None:
-        from loratorio_ext.hosts import forge as host
-    else:
-        from loratorio_ext.hosts import a1111 as host
-    host.begin(p, args)
+def webui_adapter() -> ModuleType:
+    """The adapter for the WebUI that runs here; its ``begin(p, args)`` takes up a generation."""
+    name = "forge" if find_spec("modules_forge") is not None else "a1111"
+    return import_module(f"loratorio_ext.hosts.{name}")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from loratorio_ext.core import ComposedStep, Plan, Predictions, method_from
 from loratorio_ext.errors import UnsupportedError
 from loratorio_ext.generation import Generation
-from loratorio_ext.hosts.webui import encode, lora_extension, plan_step, tell_of_loras
+from loratorio_ext.hosts.webui import encode, lora_extension, plan_step, prompts_of_pass, tell_of_loras
 from loratorio_ext.isolation import Branch, Delta, IsolatedCalls, Isolation, LowRank
 
 logger = logging.getLogger("loratorio")
@@ -200,11 +200,7 @@ class A1111Sampling:
         multipliers = tuple((lora, lora.unet_multiplier, lora.te_multiplier, lora.dyn_dim) for lora in self.loras)
         self.isolated = self.generation.once((self.model, multipliers), self.isolate)
         self.isolation = self.isolated.isolation
-        hires = getattr(self.p, "is_hr_pass", False)
-        prompts = (
-            (self.p.hr_prompts, self.p.hr_negative_prompts) if hires else (self.p.prompts, self.p.negative_prompts)
-        )
-        key = (self.model, multipliers, hires, *map(tuple, prompts))
+        key = (self.model, multipliers, prompts_of_pass(self.p))
         self.base_text, self.texts = self.generation.once(key, self.encode_all)
 
     def isolate(self) -> IsolatedCalls:

@@ -22,7 +22,7 @@ from loratorio_ext.errors import UnsupportedError
 from loratorio_ext.generation import Generation
 from loratorio_ext.hosts.forge_backends import Backend, backend_of
 from loratorio_ext.hosts.forge_patches import Patches, branches, joined
-from loratorio_ext.hosts.webui import asked_loras, encode, lora_extension, plan_step, tell_of_loras
+from loratorio_ext.hosts.webui import asked_loras, encode, lora_extension, plan_step, prompts_of_pass, tell_of_loras
 from loratorio_ext.isolation import BatchedCalls, Isolation
 
 logger = logging.getLogger("loratorio")
@@ -181,12 +181,8 @@ class ForgeSampling:
         check_supported(self.p)
         key = (model, *loras)
         self.loras = generation.once(("loras", *key), lambda: self.load(model, networks, loras))
-        hires = getattr(self.p, "is_hr_pass", False)
-        prompts = (
-            (self.p.hr_prompts, self.p.hr_negative_prompts) if hires else (self.p.prompts, self.p.negative_prompts)
-        )
         # Made once for all batches that share them; and a host may announce a hires pass more than once.
-        self.texts = generation.once(("texts", *key, hires, *map(tuple, prompts)), lambda: self.encode(model))
+        self.texts = generation.once(("texts", *key, *prompts_of_pass(self.p)), lambda: self.encode(model))
         self.key = ("isolation", *key)
         self.backend.strip(unet, model.forge_objects_after_applying_lora.unet, model.forge_objects_original.unet)
         unet.add_extra_preserved_memory_during_sampling(sum(os.path.getsize(lora.file) for lora in loras))

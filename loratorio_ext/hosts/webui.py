@@ -40,6 +40,13 @@ def tell_of_loras(generation: Generation, loaded: Sequence[str]) -> None:
         generation.note("no LoRA is active, so there is nothing to compose")
 
 
+def prompts_of_pass(p: Any) -> tuple:
+    """What tells the prompts of the pass at hand from another's: first or second pass, prompts, negative prompts."""
+    if getattr(p, "is_hr_pass", False):
+        return True, tuple(p.hr_prompts), tuple(p.hr_negative_prompts)
+    return False, tuple(p.prompts), tuple(p.negative_prompts)
+
+
 def encode(p: Any) -> tuple[Any, Any]:
     """The prompts' schedules of conditionings, positive and negative, with the text encoders as they are now.
 
