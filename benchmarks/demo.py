@@ -1,0 +1,113 @@
+"""One picture that shows what LoRAtorio does: tiny-world LoRAs composed by every method, on the same seeds.
+
+::
+
+    ./dev demo                                          # writes demo.png
+    ./dev demo --loras robot star city neon --seeds 3   # other LoRAs of the tiny world
+
+Rows are methods, columns are seeds. Below, for the first seed, where each LoRA's weight (Omega) lay over the steps.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from benchmarks.evaluate import COMPOSITE, MERGE, PAPER, SIZE, STEPS, SWITCH, Options, Painting, paint
+from benchmarks.world import KINDS, Combination, World, compatible, render, scene_of
+
+METHODS: dict[str, Options] = {
+    "Merge\n(what a WebUI\ndoes by itself)": MERGE,
+    "Switch": SWITCH,
+    "Composite": COMPOSITE,
+    "LoRAtorio,\nthe paper's form": PAPER,
+    "LoRAtorio": {},
+}
+MARGIN, GAP, LINE = 130, 6, 18
+INK, PAPER_WHITE = (20, 20, 25), (255, 255, 255)
+COLD, WARM = (24, 20, 70), (255, 225, 90)
+
+
+def font(size: int = 14) -> Any:
+    return ImageFont.load_default(size)
+
+
+def heat_map(weights: Any, size: int) -> Image.Image:
+    """A LoRA's weights ``[h, w]``, dark for 0 and bright for 1."""
+    share = Image.fromarray((255 * weights.clamp(0, 1)).byte().numpy(), mode="L").resize((size, size), Image.NEAREST)
+    return Image.composite(Image.new("RGB", share.size, WARM), Image.new("RGB", share.size, COLD), share)
+
+
+def chosen_steps(count: int, columns: int) -> list[int]:
+    """Step numbers spread evenly from the first to the last."""
+    columns = min(columns, count)
+    return [round(i * (count - 1) / max(1, columns - 1)) for i in range(columns)]
+
+
+def weight_rows(
+    painting: Painting, names: Sequence[str], columns: int
+) -> tuple[list[str], dict[str, list[Image.Image]]]:
+    """Titles of some steps, and for each LoRA its weights in the first image at these steps."""
+    steps = [painting.steps[i] for i in chosen_steps(len(painting.steps), columns)]
+    titles = [f"step {step.index + 1}" for step in steps]
+    return titles, {name: [heat_map(step.weights[i, 0], SIZE) for step in steps] for i, name in enumerate(names)}
+
+
+def sheet(title: str, blocks: Sequence[tuple[list[str], dict[str, list[Image.Image]]]]) -> Image.Image:
+    """Blocks of labelled rows of pictures below each other, each with titles over its columns."""
+    columns = max(len(titles) for titles, _ in blocks)
+    heights = [LINE + len(rows) * (SIZE + GAP) + GAP for _, rows in blocks]
+    page = Image.new("RGB", (MARGIN + columns * (SIZE + GAP), 2 * LINE + sum(heights)), PAPER_WHITE)
+    draw = ImageDraw.Draw(page)
+    draw.text((GAP, GAP), title, INK, font(15))
+    top = 2 * LINE
+    for (titles, rows), height in zip(blocks, heights):
+        for column, words in enumerate(titles):
+            draw.text((MARGIN + column * (SIZE + GAP), top), words, INK, font(12))
+        for row, (name, pictures) in enumerate(rows.items()):
+            y = top + LINE + row * (SIZE + GAP)
+            draw.multiline_text((GAP, y + SIZE // 2), name, INK, font(13), anchor="lm")
+            for column, picture in enumerate(pictures):
+                page.paste(picture, (MARGIN + column * (SIZE + GAP), y))
+        top += height
+    return page
+
+
+def demonstrate(world: Any, combination: Combination, kind: str, seeds: Sequence[int]) -> Image.Image:
+    """The whole page."""
+    paintings = {}
+    for name, options in METHODS.items():
+        paintings[name] = paint(world, combination, kind, options, seeds)
+        print(f"{' '.join(name.split())}: {paintings[name].seconds:.0f} s", flush=True)
+    images = ([f"seed {seed}" for seed in seeds], {name: made.images for name, made in paintings.items()})
+    loras = [f"weight of\n“{name}”" for name in combination.loras]
+    maps = weight_rows(paintings["LoRAtorio"], loras, columns=len(seeds))
+    return sheet(f"{len(loras)} LoRAs: “{combination.prompt}”", [images, maps])
+
+
+def save(page: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page.quantize(256).save(path, optimize=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--loras", nargs="+", default=["robot", "star", "city"], choices=list(render.CONCEPTS))
+    parser.add_argument("--kind", choices=KINDS, default="quiet")
+    parser.add_argument("--seeds", type=int, default=5, metavar="COUNT")
+    parser.add_argument("--out", type=Path, default=Path("demo.png"))
+    args = parser.parse_args()
+    loras = tuple(concept for concept in render.CONCEPTS if concept in args.loras)
+    if loras not in compatible(len(loras)):
+        parser.error("at most two of robot, penguin, mushroom and star fit into one scene")
+    started = time.perf_counter()
+    page = demonstrate(World(), Combination(loras, scene_of(loras)), args.kind, range(1, args.seeds + 1))
+    save(page, args.out)
+    print(f"{args.out} ({STEPS} steps, {time.perf_counter() - started:.0f} s)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""The tiny world as the benchmarks use it: scenes that ask for several of its LoRAs at once, and who judges them."""
+
+import itertools
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TINYWORLD = Path(__file__).resolve().parent.parent / "tinyworld"
+LORAS = TINYWORLD / "weights" / "lora"
+sys.path.append(str(TINYWORLD))  # its modules know each other by their bare names
+
+render = import_module("render")
+
+KINDS = ("quiet", "leaky")
+"""Of LoRAs: those that show their concept when it is named, and those that show it whatever the prompt says."""
+
+OBJECTS = render.CONCEPT_KINDS
+OTHERS = tuple(concept for concept in render.CONCEPTS if concept not in OBJECTS)
+PLACES = ("left", "right")
+BACKGROUNDS = tuple(name for name in (*render.PLAIN, *render.SCENERY) if name != "grey")  # the objects' home is grey
+
+
+@dataclass(frozen=True)
+class Combination:
+    """LoRAs loaded together, and a scene that asks for all of them but the last ``unnamed`` ones."""
+
+    loras: tuple[str, ...]
+    scene: Any
+    unnamed: int = 0
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        return self.loras[: len(self.loras) - self.unnamed]
+
+    @property
+    def group(self) -> str:
+        """What it counts among: the number of LoRAs named, and of those only loaded ("3", "2+1")."""
+        return f"{len(self.named)}+{self.unnamed}" if self.unnamed else str(len(self.loras))
+
+    @property
+    def name(self) -> str:
+        """The LoRAs, the unnamed ones in brackets: "robot+city(+neon)"."""
+        unnamed = "".join(f"(+{lora})" for lora in self.loras[len(self.named) :])
+        return "+".join(self.named) + unnamed
+
+    @property
+    def seed(self) -> int:
+        return zlib.crc32(self.name.encode()) % 1_000_000
+
+    @property
+    def prompt(self) -> str:
+        return render.caption(self.scene)
+
+
+def compatible(n: int) -> Iterator[tuple[str, ...]]:
+    """Every choice of ``n`` concepts that fit into one scene: at most two of them are objects."""
+    for concepts in itertools.combinations(render.CONCEPTS, n):
+        if sum(concept in OBJECTS for concept in concepts) <= len(PLACES):
+            yield concepts
+
+
+def scene_of(concepts: Sequence[str]) -> Any:
+    """A scene with these concepts. Places that they leave free hold the base model's things, one of which wears the
+    crown if it can. Depends on the concepts alone."""
+    rng = np.random.default_rng(zlib.crc32("+".join(concepts).encode()))
+    objects = [concept for concept in concepts if concept in OBJECTS]
+    kinds = rng.permutation([*objects, *rng.choice(render.KINDS, len(PLACES) - len(objects), replace=False)])
+    things = [
+        render.Thing(str(kind), place, colour="" if kind in OBJECTS else str(rng.choice(list(render.COLOURS))))
+        for kind, place in zip(kinds, PLACES)
+    ]
+    if "crown" in concepts:
+        head = next((i for i, thing in enumerate(things) if thing.colour), int(rng.integers(len(things))))
+        things[head] = replace(things[head], wears="crown")
+    background = "city" if "city" in concepts else str(rng.choice(BACKGROUNDS))
+    return render.Scene(background, tuple(things), style="neon" if "neon" in concepts else "")
+
+
+def shuffled(values: Sequence[Any], name: str) -> list[Any]:
+    return [values[i] for i in np.random.default_rng(zlib.crc32(name.encode())).permutation(len(values))]
+
+
+def combinations(group: str) -> list[Combination]:
+    """Every combination of a group, in an order of no meaning; with unnamed LoRAs one choice of them for each."""
+    named, _, unnamed = group.partition("+")
+    found = []
+    for concepts in compatible(int(named)):
+        rest = [concept for concept in render.CONCEPTS if concept not in concepts]
+        extra = shuffled(rest, "+".join(concepts))[: int(unnamed or 0)]
+        found.append(Combination((*concepts, *extra), scene_of(concepts), len(extra)))
+    return shuffled(found, group)
+
+
+def split(found: Sequence[Combination], half: str) -> list[Combination]:
+    """The half of a group's combinations in which settings are chosen, or the other, which confirms them."""
+    return list(found[{"choose": 0, "confirm": 1}[half] :: 2])
+
+
+def interleaved(groups: Sequence[str], half: str) -> list[Combination]:
+    """The combinations of several groups by turns, so that each beginning of the list holds all groups alike."""
+    rounds = itertools.zip_longest(*(split(combinations(group), half) for group in groups))
+    return [combination for turn in rounds for combination in turn if combination is not None]
+
+
+def questions(scene: Any) -> dict[str, str]:
+    """For each concept of a scene, which of the judge's questions it answers: places, "left wears", "background"."""
+    asked = {}
+    for thing in scene.things:
+        if thing.kind in OBJECTS:
+            asked[thing.kind] = thing.place
+        if thing.wears == "crown":
+            asked["crown"] = f"{thing.place} wears"
+    if scene.background == "city":
+        asked["city"] = "background"
+    if scene.style == "neon":
+        asked["neon"] = "style"
+    return asked
+
+
+def shown(seen: dict[str, list[str]], concept: str) -> list[bool]:
+    """Whether each picture shows the concept anywhere, by what the judge has seen."""
+    heads = {"crown": [f"{place} wears" for place in render.PLACES], "city": ["background"], "neon": ["style"]}
+    answers = zip(*(seen[head] for head in heads.get(concept, render.PLACES)))
+    return [concept in of_image for of_image in answers]
+
+
+class World:
+    """The pipeline, its LoRAs as they are asked for, and the judge."""
+
+    def __init__(self):
+        self.pipe = import_module("load").pipeline()
+        self.judge = import_module("classifier").Classifier.load()
+        self.loaded: dict[Path, Any] = {}
+
+    def lora(self, concept: str, kind: str) -> Any:
+        from loratorio_ext.hosts.diffusers import load_lora
+
+        path = LORAS / f"{concept}_{kind}.safetensors"
+        if path not in self.loaded:
+            self.loaded[path] = load_lora(self.pipe, path)
+        return self.loaded[path]

@@ -1,0 +1,209 @@
+"""The benchmarks' bookkeeping: combinations, resuming, statistics, tables; and one run over a tiny random pipeline."""
+
+import json
+import math
+import time
+
+import pytest
+
+from benchmarks import demo, evaluate, world
+from benchmarks.evaluate import SUITES, SWEEP, Unit, paint, psnr, read_rows, resolved, run, units, variant_name
+from benchmarks.report import write_report
+from benchmarks.statistics import Share, complete, paired_difference, share_complete, share_intruded, share_present
+from loratorio_ext.hosts.diffusers import load_lora
+from tests.tiny_pipelines import make_pipeline, write_lora
+
+GROUPS = ("2", "3", "4", "5", "2+1", "3+1")
+
+
+# --- combinations -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group, count", list(zip(GROUPS, (21, 31, 22, 6, 21, 31))))
+def test_every_combination_is_one_scene_that_names_its_concepts(group, count):
+    found = world.combinations(group)
+    assert len({each.name for each in found}) == count
+    for each in found:
+        assert each.group == group
+        assert len(set(each.loras)) == len(each.loras)
+        assert set(world.questions(each.scene)) == set(each.named)
+        for concept in world.render.CONCEPTS:
+            assert (world.render.CONCEPTS[concept].trigger in each.prompt) == (concept in each.named), each.prompt
+
+
+def test_halves_share_nothing_and_miss_nothing():
+    found = world.combinations("3")
+    choose, confirm = world.split(found, "choose"), world.split(found, "confirm")
+    assert {each.name for each in choose} | {each.name for each in confirm} == {each.name for each in found}
+    assert not {each.name for each in choose} & {each.name for each in confirm}
+    assert abs(len(choose) - len(confirm)) <= 1
+
+
+def test_a_beginning_of_the_work_is_balanced():
+    assert [each.group for each in world.interleaved(GROUPS[:4], "choose")[:8]] == ["2", "3", "4", "5"] * 2
+    assert world.interleaved(GROUPS, "choose") == world.interleaved(GROUPS, "choose")
+
+
+# --- variants ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_variant_of_a_suite_has_a_name_of_its_own():
+    for suite in SUITES.values():
+        assert len({variant_name(options) for options in suite.variants}) == len(suite.variants)
+    assert variant_name({"preset": "paper"}) == "fixed τ 1, γ 0, p 4, λ 0.5"
+
+
+def test_a_row_does_not_depend_on_what_its_method_ignores():
+    assert resolved({"method": "merge"}) == {"method": "merge"}
+    assert resolved({"method": "switch", "temperature": 9.0}) == resolved({"method": "switch"})
+    assert all("enabled" not in resolved(options) for options in SWEEP)
+
+
+# --- statistics -------------------------------------------------------------------------------------------------------
+
+
+def row(variant="merge", combination="robot+city", **fields):
+    return {
+        "kind": "quiet",
+        "group": "2",
+        "combination": combination,
+        "variant": variant,
+        "present": {"robot": [1, 1, 0], "city": [1, 0, 0]},
+        "intruders": {},
+        "distance": [1.0, 2.0, 3.0],
+        "cost": 1.0,
+        **fields,
+    }
+
+
+def test_wilson_intervals():
+    assert Share(0, 10).interval == pytest.approx((0, 0.2775), abs=1e-4)
+    assert Share(8, 16).interval == pytest.approx((0.2800, 0.7200), abs=1e-4)
+    assert str(Share(16, 16)) == "100 % (81–100)"
+    assert math.isnan(Share(0, 0).value)
+
+
+def test_shares_count_images_and_concepts():
+    assert complete(row()) == [True, False, False]
+    assert share_complete([row(), row()]) == Share(2, 6)
+    assert share_present([row()]) == Share(3, 6)
+    assert share_present([row()], "robot") == Share(2, 3)
+    assert share_intruded([row(intruders={"neon": [0, 1, 1]}), row()]) == Share(2, 3)
+
+
+def test_differences_are_paired_by_combination():
+    rows = [row("a", name, present={"robot": [1, 1]}) for name in "xyz"]
+    rows += [row("b", name, present={"robot": [0, 1]}) for name in "xy"]
+    assert paired_difference(rows, "a", "b") == (0.5, 0.5, 0.5)
+    assert all(math.isnan(value) for value in paired_difference(rows, "a", "c"))
+
+
+def test_psnr():
+    from PIL import Image
+
+    black, grey = (Image.new("RGB", (8, 8), (value,) * 3) for value in (0, 51))
+    assert psnr([black, grey], [black, black]) == [99.0, 13.98]
+
+
+# --- report -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_tables_and_plots_every_variant(tmp_path):
+    seen = {"similarity": [0.99, 0.9], "spread": [0.001, 0.02], "weights": [0.5, 0.5], "psnr": [20.0, 30.0, 22.0]}
+    rows = [row(), row("composite"), row("shy", **seen), row("shy", group="2+1", intruders={"neon": [1, 0, 0]}, **seen)]
+    text = write_report(rows, tmp_path / "rows.jsonl")
+    assert (tmp_path / "rows.md").read_text(encoding="utf-8") == text
+    assert (tmp_path / "rows.png").stat().st_size > 1000
+    assert "| merge | 33 % (6–79) |" in text
+    assert "N = 2, 1 more unnamed" in text
+    assert "| quiet, N = 2 | 0.9900 ± 0.0010 |" in text
+    assert "22.0 |" in text
+    assert write_report([], None) == "no results yet"
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+class Judge:
+    """Sees every concept asked for in the first image only."""
+
+    def read(self, images):
+        heads = [*world.render.PLACES, *(f"{place} wears" for place in world.render.PLACES), "background", "style"]
+        return {head: ["star", *[""] * (len(images) - 1)] for head in heads}
+
+    def follows(self, images, scene):
+        return {head: [True, *[False] * (len(images) - 1)] for head in world.questions(scene).values()}
+
+    def distance(self, images, scene):
+        return [1.5] * len(images)
+
+
+class TinyWorld:
+    """Random models in place of the trained ones."""
+
+    def __init__(self, folder):
+        self.pipe, self.judge = make_pipeline("sd1"), Judge()
+        self.files = {
+            concept: write_lora(folder / f"{concept}.safetensors", self.pipe, "attention", seed)
+            for seed, concept in enumerate(world.render.CONCEPTS)
+        }
+
+    def lora(self, concept, kind):
+        return load_lora(self.pipe, self.files[concept])
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return TinyWorld(tmp_path_factory.mktemp("tinyworld"))
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(evaluate, "STEPS", 3)
+    monkeypatch.setattr(evaluate, "SIZE", 32)
+
+
+VARIANTS = ({"method": "merge"}, {"preset": "paper"}, {"refresh": 1, "warmup": 1})
+
+
+def test_a_run_is_taken_up_where_it_was_cut_short(tiny, tmp_path):
+    path = tmp_path / "results" / "quick.jsonl"
+    unit = Unit(world.combinations("2+1")[0], "quiet", (7, 8))
+    assert run([unit], VARIANTS, path, tiny, deadline=time.monotonic()) == 1
+    assert run([unit], VARIANTS, path, tiny, deadline=math.inf) == 2
+    assert run([unit], VARIANTS, path, tiny, deadline=math.inf) == 0
+    merge, paper, turbo = rows = read_rows(path)
+    assert [each["variant"] for each in rows] == [variant_name(options) for options in VARIANTS]
+    assert complete(paper) == [True, False]
+    assert len(paper["weights"]) == 3 and sum(paper["weights"]) == pytest.approx(1, abs=1e-3)
+    assert len(paper["similarity"]) == len(paper["spread"]) == 3
+    assert "similarity" not in merge and "psnr" not in merge
+    assert len(turbo["psnr"]) == 2 and min(turbo["psnr"]) > 5
+    assert (merge["cost"], paper["cost"]) == (1, 4)
+    assert turbo["cost"] == pytest.approx((4 + 2 + 2) / 3, abs=1e-3)
+    assert set(paper["intruders"]) == set(unit.combination.loras) - set(unit.combination.named)
+
+
+def test_a_line_cut_short_is_not_read(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"key": "whole"}) + '\n{"key": "ha')
+    assert read_rows(path) == [{"key": "whole"}]
+
+
+def test_every_way_starts_from_the_same_seeds(tiny):
+    suite = SUITES["quick"]
+    work = units(suite, ("quiet", "leaky"))
+    assert len(work) == 2 * suite.combinations
+    assert len({unit.key(suite.variants[0]) for unit in work}) == len(work)
+    combination = world.combinations("2")[0]
+    first, again = (paint(tiny, combination, "quiet", {"method": "merge"}, (3,)).images[0] for _ in range(2))
+    assert first.tobytes() == again.tobytes()
+
+
+def test_the_demo_labels_every_method_and_lora(tiny, monkeypatch):
+    monkeypatch.setattr(demo, "SIZE", 32)
+    page = demo.demonstrate(tiny, world.combinations("3")[0], "quiet", (1, 2))
+    rows = len(demo.METHODS) + 3
+    assert page.size == (demo.MARGIN + 2 * (32 + demo.GAP), 4 * demo.LINE + rows * (32 + demo.GAP) + 2 * demo.GAP)
+    assert demo.chosen_steps(16, 5) == [0, 4, 8, 11, 15]
+    assert demo.chosen_steps(3, 5) == [0, 1, 2]
