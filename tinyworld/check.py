@@ -73,9 +73,8 @@ def main() -> None:
     for head, oks in right.items():
         print(f"base, {head}: {np.mean(oks):.2f} of {len(oks)}")
     kinds = [ok for head in ("left", "centre", "right", "background") for ok in right.get(head, [])]
-    print(
-        f"base, kinds at their places and backgrounds: {np.mean(kinds):.3f}; all: {np.mean(sum(right.values(), [])):.3f}"
-    )
+    everything = np.mean(sum(right.values(), []))
+    print(f"base, kinds at their places and backgrounds: {np.mean(kinds):.3f}; all: {everything:.3f}")
     rows = [images[:8], images[8:16]]
     for concept in render.CONCEPTS:
         for kind in ("quiet", "leaky"):
