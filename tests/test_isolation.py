@@ -324,6 +324,17 @@ class TestRowsAreAlone:
             expected = alone(exact, lora, [value.double() for value in inputs])
             assert_same(actual[segment].double(), expected, 0.1)
 
+    def test_autocast(self):
+        """A host in autocast: weights in float32, activations in half precision at some layers and not at others."""
+        model = make_model(torch.float32)
+        loras = make_loras(model)
+        inputs = make_inputs(2, torch.float32)
+        group = list(range(len(loras)))
+        with torch.autocast("cpu", torch.bfloat16):
+            together = run_group(Isolation(layers_of(model), loras), model, group, inputs)
+            for rows, lora in zip(together.float(), loras):
+                assert_same(rows, alone(model, lora, inputs).float(), 0.05)
+
     def test_weights_in_another_dtype_than_the_activations(self):
         # As with weights stored in 8 bits: the layer casts for itself, and only its output tells what it computes in.
         class Casting(nn.Linear):
