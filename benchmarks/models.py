@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.utils import logging
 from torch import Tensor, nn
 
 from loratorio_ext.isolation import LowRank
@@ -67,6 +68,7 @@ class Inputs:
 
 def random_unet(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
     """A UNet of this architecture; on the device "meta" it holds no numbers and costs nothing."""
+    logging.set_verbosity_error()  # of a list of modules to keep in float32, which is empty
     with torch.device(device):
         return UNet2DConditionModel(**CONFIGS[name]).to(dtype).eval().requires_grad_(False)
 
