@@ -16,8 +16,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from benchmarks.evaluate import COMPOSITE, MERGE, PAPER, SIZE, STEPS, SWITCH, Options, Painting, paint
-from benchmarks.world import KINDS, Combination, World, compatible, render, scene_of
+from benchmarks.painting import Painting, paint
+from benchmarks.variants import COMPOSITE, MERGE, PAPER, SWITCH, Options
+from benchmarks.world import KINDS, SIZE, Combination, World, compatible, render, scene_of
 
 METHODS: dict[str, Options] = {
     "Merge\n(what a WebUI\ndoes by itself)": MERGE,
@@ -106,7 +107,7 @@ def main() -> None:
     started = time.perf_counter()
     page = demonstrate(World(), Combination(loras, scene_of(loras)), args.kind, range(1, args.seeds + 1))
     save(page, args.out)
-    print(f"{args.out} ({STEPS} steps, {time.perf_counter() - started:.0f} s)")
+    print(f"{args.out} ({time.perf_counter() - started:.0f} s)")
 
 
 if __name__ == "__main__":
