@@ -207,7 +207,7 @@ def test_the_demo_labels_every_method_and_lora(tiny, monkeypatch):
     monkeypatch.setattr(demo, "SIZE", 32)
     page = demo.demonstrate(tiny, world.combinations("3")[0], "quiet", (1, 2))
     rows = len(demo.METHODS) + 3
-    assert page.size == (demo.MARGIN + 2 * (32 + demo.GAP), 4 * demo.LINE + rows * (32 + demo.GAP) + 2 * demo.GAP)
+    assert page.size == (demo.MARGIN + 2 * (32 + demo.GAP), 4 * demo.LINE + rows * (32 + demo.GAP) + 3 * demo.GAP)
     assert demo.chosen_steps(16, 5) == [0, 4, 8, 11, 15]
     assert demo.chosen_steps(3, 5) == [0, 1, 2]
 
