@@ -3,7 +3,8 @@
 ::
 
     ./dev evaluate --suite quick                # every method, 10 to 15 minutes on two cores
-    ./dev evaluate --suite sweep --budget 60    # LoRAtorio's options, on one half of the combinations
+    ./dev evaluate --suite sweep                # LoRAtorio's main options, on one half of the combinations
+    ./dev evaluate --suite details              # the others, likewise
     ./dev evaluate --suite confirm              # methods and defaults, on the other half
     ./dev evaluate --report                     # table and plot of what is in the results file
 
@@ -29,7 +30,7 @@ from accelerate import PartialState
 from benchmarks import composlora
 from benchmarks.painting import Painting, paint, psnr, step_statistics
 from benchmarks.report import write_report
-from benchmarks.variants import METHODS, SWEEP, TURBO, Options, resolved, variant_name
+from benchmarks.variants import DETAILS, METHODS, SWEEP, TURBO, Options, resolved, variant_name
 from benchmarks.world import KINDS, World, interleaved, render
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -49,6 +50,7 @@ class Suite:
 SUITES = {
     "quick": Suite("confirm", METHODS, images=2, combinations=10),
     "sweep": Suite("choose", SWEEP, images=2),
+    "details": Suite("choose", DETAILS, images=2),
     "confirm": Suite("confirm", (*METHODS, *TURBO), images=4),
 }
 

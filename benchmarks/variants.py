@@ -21,16 +21,18 @@ CENTRE = {
 """The point from which the sweep goes along each axis."""
 
 SWEEP = (
-    MERGE,
-    SWITCH,
-    COMPOSITE,
-    *({**PAPER, "temperature": tau, "patch_size": p} for tau, p in ((1.0, 4), (0.1, 4), (0.01, 4), (0.01, 2))),
+    *({**PAPER, "temperature": tau} for tau in (1.0, 0.01)),
     *({**CENTRE, "patch_size": p, "relativity": gamma} for p in (2, 4) for gamma in (0.0, 0.5, 1.0)),
-    *({**CENTRE, "patch_size": p} for p in (1, 8)),
     *({**CENTRE, "temperature": kappa} for kappa in (0.1, 1.0)),
     *({**CENTRE, "base_share": share} for share in (0.0, 1.0)),
+)
+DETAILS = (
+    CENTRE,
+    *({**PAPER, "temperature": tau, "patch_size": p} for tau, p in ((0.1, 4), (0.1, 2), (0.01, 2))),
+    *({**CENTRE, "patch_size": p} for p in (1, 8)),
     {**CENTRE, "upsampling": "bilinear"},
     {**CENTRE, "top_k": 2},
+    {**CENTRE, "top_k": 1, "selection_scope": "patch"},
 )
 TURBO = tuple({"refresh": 1, "warmup": warmup} for warmup in (0, 1, 2))
 METHODS = (MERGE, SWITCH, COMPOSITE, PAPER, {})
