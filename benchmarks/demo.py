@@ -11,13 +11,15 @@ Rows are methods, columns are seeds. Below, for the first seed, where each LoRA'
 import argparse
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from benchmarks.evaluate import COMPOSITE, MERGE, PAPER, SIZE, STEPS, SWITCH, Options, Painting, paint
-from benchmarks.world import KINDS, Combination, World, compatible, render, scene_of
+from benchmarks.painting import Painting, paint
+from benchmarks.variants import COMPOSITE, MERGE, PAPER, SWITCH, Options
+from benchmarks.world import KINDS, SIZE, Combination, World, compatible, render, scene_of
 
 METHODS: dict[str, Options] = {
     "Merge\n(what a WebUI\ndoes by itself)": MERGE,
@@ -47,32 +49,43 @@ def chosen_steps(count: int, columns: int) -> list[int]:
     return [round(i * (count - 1) / max(1, columns - 1)) for i in range(columns)]
 
 
-def weight_rows(
-    painting: Painting, names: Sequence[str], columns: int
-) -> tuple[list[str], dict[str, list[Image.Image]]]:
-    """Titles of some steps, and for each LoRA its weights in the first image at these steps."""
+@dataclass(frozen=True)
+class Block:
+    """Labelled rows of pictures under a heading, and the titles of their columns."""
+
+    heading: str
+    titles: list[str]
+    rows: dict[str, list[Image.Image]]
+
+    @property
+    def height(self) -> int:
+        return 2 * LINE + len(self.rows) * (SIZE + GAP) + GAP
+
+
+def weight_block(heading: str, painting: Painting, names: Sequence[str], columns: int) -> Block:
+    """Each LoRA's weights in the first image, at some of the steps."""
     steps = [painting.steps[i] for i in chosen_steps(len(painting.steps), columns)]
-    titles = [f"step {step.index + 1}" for step in steps]
-    return titles, {name: [heat_map(step.weights[i, 0], SIZE) for step in steps] for i, name in enumerate(names)}
+    rows = {name: [heat_map(step.weights[i, 0], SIZE) for step in steps] for i, name in enumerate(names)}
+    return Block(heading, [f"step {step.index + 1}" for step in steps], rows)
 
 
-def sheet(title: str, blocks: Sequence[tuple[list[str], dict[str, list[Image.Image]]]]) -> Image.Image:
-    """Blocks of labelled rows of pictures below each other, each with titles over its columns."""
-    columns = max(len(titles) for titles, _ in blocks)
-    heights = [LINE + len(rows) * (SIZE + GAP) + GAP for _, rows in blocks]
-    page = Image.new("RGB", (MARGIN + columns * (SIZE + GAP), 2 * LINE + sum(heights)), PAPER_WHITE)
+def sheet(blocks: Sequence[Block]) -> Image.Image:
+    """Blocks below each other on one page."""
+    columns = max(len(block.titles) for block in blocks)
+    size = (MARGIN + columns * (SIZE + GAP), sum(block.height for block in blocks) + GAP)
+    page = Image.new("RGB", size, PAPER_WHITE)
     draw = ImageDraw.Draw(page)
-    draw.text((GAP, GAP), title, INK, font(15))
-    top = 2 * LINE
-    for (titles, rows), height in zip(blocks, heights):
-        for column, words in enumerate(titles):
-            draw.text((MARGIN + column * (SIZE + GAP), top), words, INK, font(12))
-        for row, (name, pictures) in enumerate(rows.items()):
-            y = top + LINE + row * (SIZE + GAP)
+    top = GAP
+    for block in blocks:
+        draw.text((GAP, top), block.heading, INK, font(15))
+        for column, words in enumerate(block.titles):
+            draw.text((MARGIN + column * (SIZE + GAP), top + LINE + 2), words, INK, font(12))
+        for row, (name, pictures) in enumerate(block.rows.items()):
+            y = top + 2 * LINE + row * (SIZE + GAP)
             draw.multiline_text((GAP, y + SIZE // 2), name, INK, font(13), anchor="lm")
             for column, picture in enumerate(pictures):
                 page.paste(picture, (MARGIN + column * (SIZE + GAP), y))
-        top += height
+        top += block.height
     return page
 
 
@@ -82,10 +95,15 @@ def demonstrate(world: Any, combination: Combination, kind: str, seeds: Sequence
     for name, options in METHODS.items():
         paintings[name] = paint(world, combination, kind, options, seeds)
         print(f"{' '.join(name.split())}: {paintings[name].seconds:.0f} s", flush=True)
-    images = ([f"seed {seed}" for seed in seeds], {name: made.images for name, made in paintings.items()})
-    loras = [f"weight of\n“{name}”" for name in combination.loras]
-    maps = weight_rows(paintings["LoRAtorio"], loras, columns=len(seeds))
-    return sheet(f"{len(loras)} LoRAs: “{combination.prompt}”", [images, maps])
+    loras = combination.loras
+    images = Block(
+        f"{len(loras)} LoRAs: “{combination.prompt}”",
+        [f"seed {seed}" for seed in seeds],
+        {name: made.images for name, made in paintings.items()},
+    )
+    heading = f"Whose region is it? LoRAtorio's weights at seed {seeds[0]} (dark: 0, bright: 1)"
+    maps = weight_block(heading, paintings["LoRAtorio"], [f"“{name}” LoRA" for name in loras], len(seeds))
+    return sheet([images, maps])
 
 
 def save(page: Image.Image, path: Path) -> None:
@@ -106,7 +124,7 @@ def main() -> None:
     started = time.perf_counter()
     page = demonstrate(World(), Combination(loras, scene_of(loras)), args.kind, range(1, args.seeds + 1))
     save(page, args.out)
-    print(f"{args.out} ({STEPS} steps, {time.perf_counter() - started:.0f} s)")
+    print(f"{args.out} ({time.perf_counter() - started:.0f} s)")
 
 
 if __name__ == "__main__":

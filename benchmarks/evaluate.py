@@ -3,17 +3,21 @@
 ::
 
     ./dev evaluate --suite quick                # every method, 10 to 15 minutes on two cores
-    ./dev evaluate --suite sweep --budget 60    # LoRAtorio's options, on one half of the combinations
+    ./dev evaluate --suite sweep                # LoRAtorio's main options, on one half of the combinations
+    ./dev evaluate --suite details              # the others, likewise
     ./dev evaluate --suite confirm              # methods and defaults, on the other half
     ./dev evaluate --report                     # table and plot of what is in the results file
 
 Every row of the results file (JSON lines) is one combination of LoRAs, composed in one way, for a few seeds, which are
 the same for every way. What the file holds is not computed again, so a run may be cut short and taken up. Several
-processes share the work under ``accelerate launch --num_processes N -m benchmarks.evaluate …``.
+processes share the work under ``accelerate launch --num_processes N -m benchmarks.evaluate …``. The same runner takes
+ComposLoRA and a real checkpoint: ``--suite composlora --root DIR --model FILE``.
 """
 
 import argparse
+import contextlib
 import functools
+import hashlib
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,46 +25,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from accelerate import PartialState
 
-from benchmarks.world import Combination, interleaved, questions, shown
-from loratorio_ext.settings import OPTIONS, Settings
+from benchmarks import composlora
+from benchmarks.painting import Painting, paint, psnr, step_statistics
+from benchmarks.report import write_report
+from benchmarks.variants import DETAILS, METHODS, SWEEP, TURBO, Options, resolved, variant_name
+from benchmarks.world import KINDS, World, interleaved, render
 
 RESULTS = Path(__file__).resolve().parent / "results"
-SIZE, STEPS, GUIDANCE = 128, 16, 4.0
-PERFECT = 99.0  # decibels, in place of infinity
-
-# --- what is compared -------------------------------------------------------------------------------------------------
-
-Options = Mapping[str, Any]
-
-MERGE, COMPOSITE = {"method": "merge"}, {"method": "composite"}
-SWITCH = {"method": "switch", "switch_every": 2}  # so that in a few steps each of five LoRAs has its turns
-PAPER = {"preset": "paper"}
-CENTRE = {
-    "method": "loratorio",
-    "patch_size": 2,
-    "temperature_mode": "adaptive",
-    "temperature": 0.3,
-    "relativity": 0.5,
-    "base_share": 0.5,
-}
-"""The point from which the sweep goes along each axis."""
-
-SWEEP = (
-    MERGE,
-    SWITCH,
-    COMPOSITE,
-    *({**PAPER, "temperature": tau, "patch_size": p} for tau, p in ((1.0, 4), (0.1, 4), (0.01, 4), (0.01, 2))),
-    *({**CENTRE, "patch_size": p, "relativity": gamma} for p in (2, 4) for gamma in (0.0, 0.5, 1.0)),
-    *({**CENTRE, "patch_size": p} for p in (1, 8)),
-    *({**CENTRE, "temperature": kappa} for kappa in (0.1, 1.0)),
-    *({**CENTRE, "base_share": share} for share in (0.0, 1.0)),
-    {**CENTRE, "upsampling": "bilinear"},
-    {**CENTRE, "top_k": 2},
-)
-TURBO = tuple({"refresh": 1, "warmup": warmup} for warmup in (0, 1, 2))
-METHODS = (MERGE, SWITCH, COMPOSITE, PAPER, {})
 
 
 @dataclass(frozen=True)
@@ -77,135 +50,23 @@ class Suite:
 SUITES = {
     "quick": Suite("confirm", METHODS, images=2, combinations=10),
     "sweep": Suite("choose", SWEEP, images=2),
+    "details": Suite("choose", DETAILS, images=2),
     "confirm": Suite("confirm", (*METHODS, *TURBO), images=4),
 }
 
 
-def resolved(options: Options) -> dict[str, Any]:
-    """Every option that the method uses, by name, so that a result means the same when defaults change."""
-    settings = Settings.from_mapping(options)
-    return {
-        option.name: getattr(settings, option.name)
-        for option in OPTIONS
-        if option.used_by(settings.method) and option.name != "enabled"
-    }
-
-
-def variant_name(options: Options) -> str:
-    """Options in a few words, with the method's symbols: "adaptive κ 0.3, γ 0.5, p 2, λ 0.5"."""
-    settings = Settings.from_mapping(options)
-    if settings.method == "switch":
-        return f"switch every {settings.switch_every}"
-    if settings.method != "loratorio":
-        return settings.method
-    temperature = {"adaptive": "adaptive κ", "fixed": "fixed τ"}[settings.temperature_mode]
-    words = [
-        f"{temperature} {settings.temperature:g}",
-        f"γ {settings.relativity:g}",
-        f"p {settings.patch_size}",
-        f"λ {settings.base_share:g}",
-    ]
-    if settings.upsampling != "nearest":
-        words.append(settings.upsampling)
-    if settings.top_k:
-        words.append(f"top {settings.top_k} per {settings.selection_scope}")
-    if settings.refresh:
-        words.append(f"refresh {settings.refresh} after {settings.warmup}")
-    return ", ".join(words)
-
-
-# --- one combination, one way -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Painting:
-    """The images of one call of the pipeline, and what was seen of its steps."""
-
-    images: list[Any]
-    steps: list[Any]
-    seconds: float
-
-    @property
-    def cost(self) -> float:
-        """Rows evaluated by the model, as a multiple of what merged LoRAs need."""
-        rows = [2 + len(step.plan.isolated) * (1 + step.plan.uncond) for step in self.steps]
-        return float(np.mean(rows)) / 2
-
-
-def paint(world: Any, combination: Combination, kind: str, options: Options, seeds: Sequence[int]) -> Painting:
-    """Images of the combination's scene, one a seed."""
-    from loratorio_ext.hosts.diffusers import composed, generators
-
-    started = time.perf_counter()
-    loras = [world.lora(concept, kind) for concept in combination.loras]
-    with composed(world.pipe, loras, **options) as composition:
-        images = world.pipe(
-            combination.prompt,
-            num_images_per_prompt=len(seeds),
-            num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE,
-            width=SIZE,
-            height=SIZE,
-            generator=generators(seeds),
-        ).images
-    return Painting(images, composition.steps, time.perf_counter() - started)
-
-
-def psnr(images: Sequence[Any], exact: Sequence[Any]) -> list[float]:
-    """Peak signal to noise ratio of each image against its exact counterpart, in decibels."""
-    errors = [np.mean((np.float64(a) - np.float64(b)) ** 2) for a, b in zip(images, exact)]
-    return [round(min(PERFECT, 10 * float(np.log10(255**2 / error))) if error else PERFECT, 2) for error in errors]
-
-
-def figures(values: Any, digits: int = 4) -> list[float]:
-    """Numbers with this many significant digits."""
-    return [float(f"{float(value):.{digits}g}") for value in values]
-
-
-def step_statistics(steps: Sequence[Any]) -> dict[str, list[float]]:
-    """Step by step, the mean similarity to the base model and its spread over the LoRAs; each LoRA's mean weight."""
-    weighed = [step for step in steps if step.weights is not None]
-    if not weighed:
-        return {}
-    return {
-        "similarity": figures(step.similarity.mean() for step in weighed),
-        "spread": figures(step.similarity.std(dim=0, correction=0).mean() for step in weighed),
-        "weights": figures(np.mean([step.weights.flatten(1).mean(1).numpy() for step in weighed], axis=0)),
-    }
-
-
-def judged(world: Any, combination: Combination, images: Sequence[Any]) -> dict[str, Any]:
-    """What the judge says of images: each concept at its place, intruders, and how close they are to true renders."""
-    seen = world.judge.read(images)
-    follows = world.judge.follows(images, combination.scene)
-    asked = questions(combination.scene)
-    return {
-        "present": {concept: list(map(int, follows[asked[concept]])) for concept in combination.named},
-        "intruders": {
-            concept: list(map(int, shown(seen, concept)))
-            for concept in combination.loras
-            if concept not in combination.named
-        },
-        "follows": figures(np.mean(list(follows.values()), axis=0)),
-        "distance": figures(world.judge.distance(images, combination.scene)),
-    }
-
-
-# --- a suite ----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Unit:
-    """The work on one combination of LoRAs of one kind: the ways not yet in the results file."""
+    """One combination of LoRAs of one kind, for a few seeds."""
 
-    combination: Combination
+    combination: Any
     kind: str
     seeds: tuple[int, ...]
 
-    def key(self, options: Options) -> str:
+    def key(self, world: Any, options: Options) -> str:
         """What tells a row from all others."""
-        identity = [self.kind, self.combination.name, list(self.seeds), STEPS, resolved(options)]
-        return json.dumps(identity, ensure_ascii=False, sort_keys=True)
+        identity = [self.kind, self.combination.name, self.seeds, dict(world.call), resolved(options)]
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
     def rows(self, world: Any, variants: Iterable[Options]) -> Iterator[dict[str, Any]]:
         """A row for each way; what comes fast is compared with what is exact."""
@@ -218,14 +79,14 @@ class Unit:
             made = painting(json.dumps(options))
             exact = painting(json.dumps({**options, "refresh": 0})) if options.get("refresh") else None
             yield {
-                "key": self.key(options),
+                "key": self.key(world, options),
                 "kind": self.kind,
                 "group": self.combination.group,
                 "combination": self.combination.name,
                 "prompt": self.combination.prompt,
                 "variant": variant_name(options),
                 "seeds": list(self.seeds),
-                **judged(world, self.combination, made.images),
+                **world.judged(self.combination, made.images),
                 **step_statistics(made.steps),
                 **({} if exact is None else {"psnr": psnr(made.images, exact.images)}),
                 "cost": round(made.cost, 3),
@@ -233,9 +94,10 @@ class Unit:
             }
 
 
-def units(suite: Suite, kinds: Sequence[str]) -> list[Unit]:
-    """A suite's work, in an order of which every beginning is balanced."""
-    chosen = interleaved(suite.groups, suite.half)[: suite.combinations]
+def units(suite: Suite, kinds: Sequence[str], concepts: Sequence[str] = tuple(render.CONCEPTS)) -> list[Unit]:
+    """A suite's work as far as it needs these concepts only, in an order of which every beginning is balanced."""
+    possible = [each for each in interleaved(suite.groups, suite.half) if set(each.loras) <= set(concepts)]
+    chosen = possible[: suite.combinations]
     return [
         Unit(combination, kind, tuple(range(combination.seed, combination.seed + suite.images)))
         for combination in chosen
@@ -244,9 +106,13 @@ def units(suite: Suite, kinds: Sequence[str]) -> list[Unit]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a results file; a last line cut short by an interrupt does not count."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    """The rows of a results file; a line that an interrupt cut short does not count."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    rows = []
+    for line in lines:
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def append(path: Path, row: Mapping[str, Any]) -> None:
@@ -260,7 +126,7 @@ def run(work: Sequence[Unit], variants: Sequence[Options], path: Path, world: An
     done = {row["key"] for row in read_rows(path)}
     added = 0
     for unit in work:
-        missing = [options for options in variants if unit.key(options) not in done]
+        missing = [options for options in variants if unit.key(world, options) not in done]
         for row in unit.rows(world, missing):
             append(path, row)
             added += 1
@@ -271,29 +137,29 @@ def run(work: Sequence[Unit], variants: Sequence[Options], path: Path, world: An
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=SUITES, default="quick")
-    parser.add_argument("--kinds", nargs="+", choices=("quiet", "leaky"), default=("quiet", "leaky"))
+    parser.add_argument("--suite", choices=(*SUITES, "composlora"), default="quick")
     parser.add_argument("--budget", type=float, default=60, metavar="MINUTES", help="start nothing new after so long")
     parser.add_argument("--results", type=Path, help="the results file; default benchmarks/results/SUITE.jsonl")
     parser.add_argument("--report", action="store_true", help="only write table and plot of the results file")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--concepts", nargs="+", choices=render.CONCEPTS, default=tuple(render.CONCEPTS))
+    composlora.add_arguments(parser.add_argument_group("--suite composlora"))
     args = parser.parse_args()
     path = args.results or RESULTS / f"{args.suite}.jsonl"
-    suite = SUITES[args.suite]
     if not args.report:
-        from accelerate import PartialState
-
-        from benchmarks.world import World
-
-        workers = PartialState(cpu=True)
+        workers = PartialState()
         deadline = time.monotonic() + 60 * args.budget
-        mine = units(suite, args.kinds)[workers.process_index :: workers.num_processes]
-        added = run(mine, suite.variants, path, World(), deadline)
+        if args.suite == "composlora":
+            world = composlora.World(args, workers.device)
+            variants, work = METHODS, [Unit(each, args.style, (composlora.SEED,)) for each in world.combinations()]
+        else:
+            world, variants = World(workers.device), SUITES[args.suite].variants
+            work = units(SUITES[args.suite], args.kinds, args.concepts)
+        added = run(work[workers.process_index :: workers.num_processes], variants, path, world, deadline)
         print(f"{added} rows added to {path}")
         workers.wait_for_everyone()
         if not workers.is_main_process:
             return
-    from benchmarks.report import write_report
-
     print(write_report(read_rows(path), path))
 
 

@@ -5,17 +5,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
+from matplotlib import pyplot
 
-from benchmarks.evaluate import PAPER, variant_name
 from benchmarks.statistics import (
     grouped,
+    mean_interval,
     median,
     paired_difference,
     share_complete,
     share_intruded,
     share_present,
 )
+from benchmarks.variants import PAPER, variant_name
+
+matplotlib.use("Agg")
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -100,13 +105,19 @@ def concept_table(rows: Rows) -> str:
     return markdown(["", *concepts], body)
 
 
+def clip_table(rows: Rows) -> str:
+    """The mean CLIPScore by the number of LoRAs; by variant."""
+    groups = sorted({row["group"] for row in rows})
+    body = []
+    for (variant,), mine in grouped(rows, "variant").items():
+        scores = [[s for row in mine if row["group"] in those for s in row["clipscore"]] for those in (*groups, groups)]
+        cells = ["{:.2f} ± {:.2f}".format(*mean_interval(each)) if each else "" for each in scores]
+        body.append([titled(variant), *cells, number(median(mine, "cost"))])
+    return markdown(["CLIPScore", *map(group_title, groups), "all", "cost"], body)
+
+
 def plot(rows: Rows, path: Path) -> None:
     """The share of complete images over the number of LoRAs, a panel for each kind, a line for each variant."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     by_kind = grouped([row for row in rows if "+" not in row["group"]], "kind")
     figure, axes = pyplot.subplots(1, len(by_kind), figsize=(5.2 * len(by_kind), 4), sharey=True, squeeze=False)
     for axis, ((kind,), mine) in zip(axes[0], by_kind.items()):
@@ -135,6 +146,8 @@ def plot(rows: Rows, path: Path) -> None:
 
 def text_report(rows: Rows) -> str:
     """Everything in the file, in Markdown."""
+    if "clipscore" in rows[0]:
+        return f"{clip_table(rows)}\n\n{similarity_table(rows)}\n"
     variants = [variant for (variant,) in grouped(rows, "variant")]
     reference = next((name for name in (SHIPPED_NAME, *variants) if name in variants), None)
     parts = []
@@ -151,5 +164,6 @@ def write_report(rows: Rows, path: Path) -> str:
         return "no results yet"
     text = text_report(rows)
     path.with_suffix(".md").write_text(text, encoding="utf-8")
-    plot(rows, path.with_suffix(".png"))
+    if "present" in rows[0]:
+        plot(rows, path.with_suffix(".png"))
     return text

@@ -11,6 +11,11 @@ Z = 1.959964  # of the normal distribution, two-sided 95 %
 RESAMPLES = 2000
 
 
+def figures(values: Iterable[Any], digits: int = 4) -> list[float]:
+    """Numbers with this many significant digits, as they are written to a results file."""
+    return [float(f"{float(value):.{digits}g}") for value in values]
+
+
 @dataclass(frozen=True)
 class Share:
     """A share of images, and its Wilson interval."""
@@ -63,6 +68,13 @@ def median(rows: Iterable[Mapping[str, Any]], measure: str) -> float:
     """The median over images (or the row's own number) of a measure; NaN where no row has it."""
     values = [value for row in rows if row.get(measure) is not None for value in np.atleast_1d(row[measure])]
     return float(np.median(values)) if values else math.nan
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half the width of its interval by the normal distribution."""
+    values = np.asarray(values, dtype=float)
+    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return float(values.mean()), Z * error
 
 
 def grouped(rows: Iterable[Mapping[str, Any]], *names: str) -> dict[tuple, list[Mapping[str, Any]]]:

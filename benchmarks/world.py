@@ -3,13 +3,16 @@
 import itertools
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from benchmarks.statistics import figures
+from loratorio_ext.hosts.diffusers import load_lora
 
 TINYWORLD = Path(__file__).resolve().parent.parent / "tinyworld"
 LORAS = TINYWORLD / "weights" / "lora"
@@ -23,6 +26,7 @@ KINDS = ("quiet", "leaky")
 OBJECTS = render.CONCEPT_KINDS
 OTHERS = tuple(concept for concept in render.CONCEPTS if concept not in OBJECTS)
 PLACES = ("left", "right")
+SIZE = render.SIZE
 BACKGROUNDS = tuple(name for name in (*render.PLAIN, *render.SCENERY) if name != "grey")  # the objects' home is grey
 
 
@@ -130,18 +134,34 @@ def shown(seen: dict[str, list[str]], concept: str) -> list[bool]:
     return [concept in of_image for of_image in answers]
 
 
-class World:
-    """The pipeline, its LoRAs as they are asked for, and the judge."""
+def judged(judge: Any, combination: Combination, images: Sequence[Any]) -> dict[str, Any]:
+    """What the judge says of images: each concept at its place, intruders, and how close they are to true renders."""
+    seen, follows = judge.read(images), judge.follows(images, combination.scene)
+    asked = questions(combination.scene)
+    unnamed = combination.loras[len(combination.named) :]
+    return {
+        "present": {concept: list(map(int, follows[asked[concept]])) for concept in combination.named},
+        "intruders": {concept: list(map(int, shown(seen, concept))) for concept in unnamed},
+        "follows": figures(np.mean(list(follows.values()), axis=0)),
+        "distance": figures(judge.distance(images, combination.scene)),
+    }
 
-    def __init__(self):
-        self.pipe = import_module("load").pipeline()
+
+class World:
+    """The pipeline, its LoRAs as they are asked for, and the judge. ``call``: the pipeline's arguments."""
+
+    call: Mapping[str, Any] = {"num_inference_steps": 16, "guidance_scale": 4.0, "width": SIZE, "height": SIZE}
+
+    def __init__(self, device: Any = "cpu"):
+        self.pipe = import_module("load").pipeline().to(device)
         self.judge = import_module("classifier").Classifier.load()
         self.loaded: dict[Path, Any] = {}
 
     def lora(self, concept: str, kind: str) -> Any:
-        from loratorio_ext.hosts.diffusers import load_lora
-
         path = LORAS / f"{concept}_{kind}.safetensors"
         if path not in self.loaded:
             self.loaded[path] = load_lora(self.pipe, path)
         return self.loaded[path]
+
+    def judged(self, combination: Combination, images: Sequence[Any]) -> dict[str, Any]:
+        return judged(self.judge, combination, images)

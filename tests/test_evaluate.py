@@ -1,15 +1,18 @@
 """The benchmarks' bookkeeping: combinations, resuming, statistics, tables; and one run over a tiny random pipeline."""
 
+import argparse
 import json
 import math
 import time
 
 import pytest
 
-from benchmarks import demo, evaluate, world
-from benchmarks.evaluate import SUITES, SWEEP, Unit, paint, psnr, read_rows, resolved, run, units, variant_name
+from benchmarks import composlora, demo, world
+from benchmarks.evaluate import SUITES, Unit, read_rows, run, units
+from benchmarks.painting import paint, psnr
 from benchmarks.report import write_report
 from benchmarks.statistics import Share, complete, paired_difference, share_complete, share_intruded, share_present
+from benchmarks.variants import SWEEP, resolved, variant_name
 from loratorio_ext.hosts.diffusers import load_lora
 from tests.tiny_pipelines import make_pipeline, write_lora
 
@@ -141,6 +144,8 @@ class Judge:
 class TinyWorld:
     """Random models in place of the trained ones."""
 
+    call = {"num_inference_steps": 3, "guidance_scale": 4.0, "width": 32, "height": 32}
+
     def __init__(self, folder):
         self.pipe, self.judge = make_pipeline("sd1"), Judge()
         self.files = {
@@ -151,16 +156,13 @@ class TinyWorld:
     def lora(self, concept, kind):
         return load_lora(self.pipe, self.files[concept])
 
+    def judged(self, combination, images):
+        return world.judged(self.judge, combination, images)
+
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     return TinyWorld(tmp_path_factory.mktemp("tinyworld"))
-
-
-@pytest.fixture(autouse=True)
-def short(monkeypatch):
-    monkeypatch.setattr(evaluate, "STEPS", 3)
-    monkeypatch.setattr(evaluate, "SIZE", 32)
 
 
 VARIANTS = ({"method": "merge"}, {"preset": "paper"}, {"refresh": 1, "warmup": 1})
@@ -188,13 +190,14 @@ def test_a_line_cut_short_is_not_read(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"key": "whole"}) + '\n{"key": "ha')
     assert read_rows(path) == [{"key": "whole"}]
+    assert read_rows(tmp_path / "none.jsonl") == []
 
 
 def test_every_way_starts_from_the_same_seeds(tiny):
     suite = SUITES["quick"]
     work = units(suite, ("quiet", "leaky"))
     assert len(work) == 2 * suite.combinations
-    assert len({unit.key(suite.variants[0]) for unit in work}) == len(work)
+    assert len({unit.key(tiny, suite.variants[0]) for unit in work}) == len(work)
     combination = world.combinations("2")[0]
     first, again = (paint(tiny, combination, "quiet", {"method": "merge"}, (3,)).images[0] for _ in range(2))
     assert first.tobytes() == again.tobytes()
@@ -204,6 +207,50 @@ def test_the_demo_labels_every_method_and_lora(tiny, monkeypatch):
     monkeypatch.setattr(demo, "SIZE", 32)
     page = demo.demonstrate(tiny, world.combinations("3")[0], "quiet", (1, 2))
     rows = len(demo.METHODS) + 3
-    assert page.size == (demo.MARGIN + 2 * (32 + demo.GAP), 4 * demo.LINE + rows * (32 + demo.GAP) + 2 * demo.GAP)
+    assert page.size == (demo.MARGIN + 2 * (32 + demo.GAP), 4 * demo.LINE + rows * (32 + demo.GAP) + 3 * demo.GAP)
     assert demo.chosen_steps(16, 5) == [0, 4, 8, 11, 15]
     assert demo.chosen_steps(3, 5) == [0, 1, 2]
+
+
+def test_composlora_combines_a_character_with_every_choice_of_other_categories(tiny, tmp_path):
+    sizes = {"character": 3, "clothing": 2, "style": 2, "background": 2, "object": 2}
+    information = {
+        category: [{"id": f"{category}_{i}", "trigger": [f"{category} {i}", "word"]} for i in range(1, size + 1)]
+        for category, size in sizes.items()
+    }
+    found = list(composlora.combinations(information, "photo"))
+    counts = [sum(each.group == group for each in found) for group in "2345"]
+    assert counts == [24, 72, 96, 48]  # with the anime half as many: 480
+    assert found[0].prompt == "photo, character 1, word, clothing 1, word"
+    assert all(each.loras[0].startswith("character") for each in found)
+
+
+def test_composlora_runs_through_the_same_runner(tiny, tmp_path):
+    information = {category: [{"id": f"{category}_1", "trigger": [category]}] for category in ("character", "style")}
+    (tmp_path / "anime_lora_info.json").write_text(json.dumps(information))
+    loras = tmp_path / "models" / "lora" / "anime"
+    loras.mkdir(parents=True)
+    for seed, category in enumerate(information):
+        write_lora(loras / f"{category}_1.safetensors", tiny.pipe, "attention", seed)
+    tiny.pipe.save_pretrained(tmp_path / "model")
+    given = ["--root", tmp_path, "--model", tmp_path / "model", "--style", "anime", "--steps", "2", "--size", "32"]
+    parser = argparse.ArgumentParser()
+    composlora.add_arguments(parser)
+    bench = composlora.World(parser.parse_args(list(map(str, given))))
+    bench.score = Score()
+    (combination,) = bench.combinations()
+    path = tmp_path / "composlora.jsonl"
+    assert run([Unit(combination, "anime", (composlora.SEED,))], VARIANTS, path, bench, deadline=math.inf) == 3
+    assert [each["clipscore"] for each in read_rows(path)] == [[30.0]] * 3
+    assert "| merge | 30.00 ± nan |" in write_report(read_rows(path), path)
+
+
+class Score:
+    """In place of CLIPScore."""
+
+    def __call__(self, pixels, words):
+        assert pixels.shape == (3, 32, 32) and words == "character, style"
+        return 30.0
+
+    def reset(self):
+        pass

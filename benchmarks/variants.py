@@ -1,0 +1,71 @@
+"""The ways of composing that the benchmarks compare: options of `loratorio_ext.settings`, and their names in tables."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from loratorio_ext.settings import OPTIONS, Settings
+
+Options = Mapping[str, Any]
+
+MERGE, COMPOSITE = {"method": "merge"}, {"method": "composite"}
+SWITCH = {"method": "switch", "switch_every": 2}  # so that in a few steps each of five LoRAs has its turns
+PAPER = {"preset": "paper"}
+CENTRE = {
+    "method": "loratorio",
+    "patch_size": 2,
+    "temperature_mode": "adaptive",
+    "temperature": 0.3,
+    "relativity": 0.5,
+    "base_share": 0.5,
+}
+"""The point from which the sweep goes along each axis."""
+
+SWEEP = (
+    *({**PAPER, "temperature": tau} for tau in (1.0, 0.01)),
+    *({**CENTRE, "patch_size": p, "relativity": gamma} for p in (2, 4) for gamma in (0.0, 0.5, 1.0)),
+    *({**CENTRE, "temperature": kappa} for kappa in (0.1, 1.0)),
+    *({**CENTRE, "base_share": share} for share in (0.0, 1.0)),
+)
+DETAILS = (
+    CENTRE,
+    *({**PAPER, "temperature": tau, "patch_size": p} for tau, p in ((0.1, 4), (0.1, 2), (0.01, 2))),
+    *({**CENTRE, "patch_size": p} for p in (1, 8)),
+    {**CENTRE, "upsampling": "bilinear"},
+    {**CENTRE, "top_k": 2},
+    {**CENTRE, "top_k": 1, "selection_scope": "patch"},
+)
+TURBO = tuple({"refresh": 1, "warmup": warmup} for warmup in (0, 1, 2))
+METHODS = (MERGE, SWITCH, COMPOSITE, PAPER, {})
+
+
+def resolved(options: Options) -> dict[str, Any]:
+    """Every option that the method uses, by name, so that a result means the same when defaults change."""
+    settings = Settings.from_mapping(options)
+    return {
+        option.name: getattr(settings, option.name)
+        for option in OPTIONS
+        if option.used_by(settings.method) and option.name != "enabled"
+    }
+
+
+def variant_name(options: Options) -> str:
+    """Options in a few words, with the method's symbols: "adaptive κ 0.3, γ 0.5, p 2, λ 0.5"."""
+    settings = Settings.from_mapping(options)
+    if settings.method == "switch":
+        return f"switch every {settings.switch_every}"
+    if settings.method != "loratorio":
+        return settings.method
+    temperature = {"adaptive": "adaptive κ", "fixed": "fixed τ"}[settings.temperature_mode]
+    words = [
+        f"{temperature} {settings.temperature:g}",
+        f"γ {settings.relativity:g}",
+        f"p {settings.patch_size}",
+        f"λ {settings.base_share:g}",
+    ]
+    if settings.upsampling != "nearest":
+        words.append(settings.upsampling)
+    if settings.top_k:
+        words.append(f"top {settings.top_k} per {settings.selection_scope}")
+    if settings.refresh:
+        words.append(f"refresh {settings.refresh} after {settings.warmup}")
+    return ", ".join(words)
