@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
 from transformers import CLIPTextModel
 
+import classifier
 import export
 import model
 import render
@@ -22,8 +23,10 @@ VAE_STEPS = ((240, 64, 16), (100, 128, 4))  # (steps, crop, batch): crops first,
 VAE_RATE = 2e-4
 STREAM_NORMS = ("norm1", "group_norm", "conv_norm_out")  # the group norms that read the residual stream
 NOISE = 0.02  # on the latents, so that the decoder bears small errors
+TEXT_STEPS = 1200
+TEXT_RATE = 2e-3
 # (scenes, steps, learning rate); each round starts from the averaged weights of the one before
-BASE_ROUNDS = ((6000, 1900, 1e-3), (3000, 900, 5e-4), (2000, 560, 7e-4))
+BASE_ROUNDS = ((6000, 1900, 1e-3), (3000, 900, 5e-4), (2000, 560, 7e-4), (1500, 380, 1e-3), (5000, 2200, 1e-3))
 BASE_BATCH = 32
 LORA_RANK = 8
 LORA_SCENES = 192
@@ -34,7 +37,7 @@ LORA_UNET = r".*(to_[qkv]|to_out\.0|ff\.net\.0\.proj|ff\.net\.2|proj_in|proj_out
 LORA_TEXT = r".*([qkv]_proj|out_proj|fc[12])"
 DROPOUT = 0.1  # of whole captions; each part after the first is left out as often
 EMA = 0.998
-SCALES = (1, 4, 16)  # of errors, in latent pixels
+SCALES = {1: 1.0, 4: 0.5, 16: 0.05}  # of errors, in latent pixels, and their weights
 SNR_CAP = 5.0  # min-SNR weighting: steps with hardly any noise count less
 
 
@@ -241,7 +244,40 @@ def noise_loss(unet, text, x: torch.Tensor, ids: torch.Tensor, alphas: torch.Ten
         predicted = unet(a.sqrt() * x + (1 - a).sqrt() * noise, t, text(ids)[0]).sample.float()
     weight = (SNR_CAP * (1 - a) / a).clamp(max=1)
     error = weight.sqrt() * (predicted - noise)
-    return sum(size**2 * F.avg_pool2d(error, size).square().mean() for size in SCALES) / len(SCALES)
+    return sum(w * size**2 * F.avg_pool2d(error, size).square().mean() for size, w in SCALES.items())
+
+
+def train_text(work: Path) -> None:
+    """Teaches the text encoder to read, before any picture: which kind, colour and clothing is at which place.
+
+    Without it the text encoder stays a bag of words for long: "left" and "right" may be swapped and nothing changes.
+    Every token from the end of the caption on must know the answers; the linear layer that gives them is thrown away.
+    """
+    rng, start, tokenizer = np.random.default_rng(SEED + 50), time.time(), model.tokenizer()
+    text = load_base(work)[1] if (work / "text_encoder").exists() else model.text_encoder()
+    text.train()
+    sizes = [len(classes) for classes in classifier.HEADS.values()]
+    heads = torch.nn.Linear(model.WIDTH, sum(sizes))
+    weights = [*text.parameters(), *heads.parameters()]
+    optimizer = torch.optim.Adam(weights, lr=TEXT_RATE, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 50, 1) * (1 - s / TEXT_STEPS))
+    for step in range(1, TEXT_STEPS + 1):
+        scenes = [render.base_scene(rng) for _ in range(BASE_BATCH)]
+        ids = tokens(tokenizer, [render.caption(s) for s in scenes])
+        ends = (ids == tokenizer.eos_token_id).int().argmax(1)
+        at = ends + (torch.rand(len(ends)) * (model.TOKENS - ends)).long()
+        wanted = torch.tensor([classifier.labels(s) for s in scenes])
+        answers = heads(text(ids)[0][torch.arange(len(ids)), at]).split(sizes, dim=1)
+        loss = sum(F.cross_entropy(a, w) for a, w in zip(answers, wanted.T, strict=True))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0:
+            right = np.mean([(a.argmax(1) == w).float().mean().item() for a, w in zip(answers, wanted.T, strict=True)])
+            log(start, step, loss=loss.item(), right=right)
+    text.save_pretrained(work / "text_encoder")
 
 
 def train_base(work: Path, round_: int) -> None:
@@ -324,7 +360,7 @@ def load_base(work: Path):
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=["vae", "base", "lora"])
+    parser.add_argument("part", choices=["vae", "text", "base", "lora"])
     parser.add_argument("--work", type=Path, default=Path("out/tinyworld"))
     parser.add_argument("--round", type=int, default=0, help="of the base model's training")
     parser.add_argument("--concepts", nargs="+", default=list(render.CONCEPTS), choices=list(render.CONCEPTS))
@@ -336,6 +372,8 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     if args.part == "vae":
         train_vae(args.work)
+    elif args.part == "text":
+        train_text(args.work)
     elif args.part == "base":
         train_base(args.work, args.round)
     else:
