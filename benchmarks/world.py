@@ -153,6 +153,8 @@ class World:
     call: Mapping[str, Any] = {"num_inference_steps": 16, "guidance_scale": 4.0, "width": SIZE, "height": SIZE}
 
     def __init__(self, device: Any = "cpu"):
+        if not any(LORAS.glob("*.safetensors")):
+            raise SystemExit(f"The tiny world is not trained: {LORAS} has no LoRA (see tinyworld/MODEL_CARD.md)")
         self.pipe = import_module("load").pipeline().to(device)
         self.judge = import_module("classifier").Classifier.load()
         self.loaded: dict[Path, Any] = {}
