@@ -302,15 +302,23 @@ class A1111Sampling:
 
         def run(text_of: list, first: int, last: int) -> Tensor:
             """Rows ``first`` to ``last`` of the host's pass under each LoRA, with the LoRA's own text for them."""
+            results: dict[int, Tensor] = {}
+            # A word that one LoRA's file brings along can make the prompt longer for it than for the others.
+            for length in dict.fromkeys(text.shape[1] for text in text_of):
+                members = [i for i, text in enumerate(text_of) if text.shape[1] == length]
 
-            def call(positions: Sequence[int], part: slice) -> Tensor:
-                rows, times = slice(first + part.start, first + part.stop), len(positions)
-                text = catenate_conds([subscript_cond(text_of[i], part.start, part.stop) for i in positions])
-                others = {name: repeat_rows(value[rows], times) for name, value in besides.items()}
-                condition = as_condition(text, others)
-                return self.denoiser.inner_model(repeat_rows(x[rows], times), sigma[rows].repeat(times), cond=condition)
+                def call(positions: Sequence[int], part: slice, members=members) -> Tensor:
+                    rows, times = slice(first + part.start, first + part.stop), len(positions)
+                    text = catenate_conds(
+                        [subscript_cond(text_of[members[i]], part.start, part.stop) for i in positions]
+                    )
+                    others = {name: repeat_rows(value[rows], times) for name, value in besides.items()}
+                    return self.denoiser.inner_model(
+                        repeat_rows(x[rows], times), sigma[rows].repeat(times), cond=as_condition(text, others)
+                    )
 
-            return self.isolated(group, last - first, call)
+                results.update(zip(members, self.isolated([group[i] for i in members], last - first, call)))
+            return torch.stack([results[i] for i in range(len(group))])
 
         if not with_uncond:
             return run([cond for cond, _ in texts], 0, conds), None

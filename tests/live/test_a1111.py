@@ -32,11 +32,11 @@ def write_second_checkpoint(checkpoint: Path) -> None:
     shutil.copy(checkpoint.with_suffix(".yaml"), second.with_suffix(".yaml"))
 
 
-def write_lora_with_embedding(folder: Path) -> None:
-    """The LoRA ``lora`` with the word "zorp" in its file."""
+def write_lora_with_embedding(folder: Path, name: str, word: str, tokens: int) -> None:
+    """The LoRA ``lora`` with a word of so many tokens in its file."""
     weights = load_file(folder / "lora.safetensors")
-    embedding = 0.3 * torch.randn(2, 64, generator=torch.Generator().manual_seed(4))
-    save_file(weights | {"bundle_emb.zorp.string_to_param.*": embedding}, folder / "bundled.safetensors")
+    embedding = 0.3 * torch.randn(tokens, 64, generator=torch.Generator().manual_seed(4))
+    save_file(weights | {f"bundle_emb.{word}.string_to_param.*": embedding}, folder / f"{name}.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,8 @@ def contract(tmp_path_factory):
     host, folder = installed_host(), tmp_path_factory.mktemp("a1111")
     data, checkpoint = lay_out_data(host, folder, "sd1", extensions=(ROOT, ROOT / "tests/live/reference_extension"))
     write_second_checkpoint(checkpoint)
-    write_lora_with_embedding(data / "models" / "Lora")
+    write_lora_with_embedding(data / "models" / "Lora", "bundled", "zorp", tokens=2)
+    write_lora_with_embedding(data / "models" / "Lora", "bundled_long", "quux", tokens=74)
     with WebUI(host, data, checkpoint) as webui:
         yield Contract(webui, "a1111")
 
@@ -72,6 +73,11 @@ def test_embedding_in_a_lora_file(contract):
     before = contract.plain(prompt=prompt).images
     contract.assert_composes(prompt=prompt)
     assert largest(before, contract.plain(prompt=prompt).images) == 0
+
+
+def test_embedding_that_makes_the_prompt_longer(contract):
+    """The prompt has 154 tokens for its own LoRA, where it has 77 for the others and the bare model."""
+    contract.assert_composes(prompt="a quux on a hill <lora:bundled_long:1> <lora:locon:0.8> <lora:unet_only:1>")
 
 
 def test_xyz_plot(contract):
