@@ -304,8 +304,8 @@ class A1111Sampling:
             """Rows ``first`` to ``last`` of the host's pass under each LoRA, with the LoRA's own text for them."""
             results: dict[int, Tensor] = {}
             # A word that one LoRA's file brings along can make the prompt longer for it than for the others.
-            for length in dict.fromkeys(text.shape[1] for text in text_of):
-                members = [i for i, text in enumerate(text_of) if text.shape[1] == length]
+            for length in dict.fromkeys(map(token_count, text_of)):
+                members = [i for i, text in enumerate(text_of) if token_count(text) == length]
 
                 def call(positions: Sequence[int], part: slice, members=members) -> Tensor:
                     rows, times = slice(first + part.start, first + part.stop), len(positions)
@@ -322,10 +322,15 @@ class A1111Sampling:
 
         if not with_uncond:
             return run([cond for cond, _ in texts], 0, conds), None
-        if all(cond.shape[1] == uncond.shape[1] for cond, uncond in texts):
+        if all(token_count(cond) == token_count(uncond) for cond, uncond in texts):
             rows = run([catenate_conds(text) for text in texts], 0, len(x))
             return rows[:, :conds], rows[:, conds:]
         return run([cond for cond, _ in texts], 0, conds), run([uncond for _, uncond in texts], conds, len(x))
+
+
+def token_count(text: Any) -> int:
+    """Length of a conditioning, which is ``[rows, tokens, C]`` or, for SDXL, in a dict."""
+    return (text["crossattn"] if isinstance(text, dict) else text).shape[1]
 
 
 def repeat_rows(rows: Tensor, times: int) -> Tensor:

@@ -12,9 +12,12 @@ largest_differences: dict[str, dict[str, int]] = defaultdict(dict)
 LIVE = [pytest.param(host, marks=pytest.mark.live) for host in ("a1111", "forge", "reforge")]
 
 
-@pytest.fixture(scope="session", params=["double", *LIVE])
+@pytest.fixture(scope="module", params=["double", *LIVE])
 def webui(request, tmp_path_factory):
-    """A host with the extension and the brute-force reference in it, and LoRA files of every kind."""
+    """A host with the extension and the brute-force reference in it, and LoRA files of every kind.
+
+    For one module of tests: while a double runs, the interpreter's modules of these names are the double's.
+    """
     if request.param == "double":
         from tests.contract.double import Double
 
