@@ -89,6 +89,8 @@ def checkpoint(work: Path) -> None:
         state[vae_key(key)] = value[:, :, None, None] if attention else value
     state = {k: v.half().contiguous() for k, v in state.items()}
     save_file(state, model.WEIGHTS / "tinyworld.safetensors", {"format": "pt", "title": "tinyworld"})
+    for part in (unet, vae):
+        part.register_to_config(_name_or_path="tinyworld")  # not the folder it was trained in
     pipe = model.pipeline(unet, text, vae)
     pipe.save_config(model.WEIGHTS)
     unet.save_config(model.WEIGHTS / "unet")
