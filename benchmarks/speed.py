@@ -71,6 +71,20 @@ def loratorio(unet: nn.Module, arguments: dict, loras: Sequence[dict[str, LowRan
     return step
 
 
+def one_batch(unet: nn.Module, arguments: dict, loras: Sequence[dict[str, LowRank]]) -> Way:
+    """Base rows and isolated rows in one batch, as in diffusers, where the base's pass is not the host's own."""
+    calls = IsolatedCalls(Isolation(dict(unet.named_modules()), [{}, *loras]))
+
+    def step() -> None:
+        def call(positions: Sequence[int], part: slice) -> Tensor:
+            return unet(**repeated(only_rows(arguments, part), len(positions))).sample
+
+        base, *isolated = calls(range(len(loras) + 1), 2, call)
+        combine(base, torch.stack(isolated))
+
+    return step
+
+
 def in_turn(unet: nn.Module, arguments: dict, loras: Sequence[dict[str, LowRank]]) -> Way:
     """The steady state of refreshing one LoRA a step."""
     method = InTurn(METHOD, refresh=1, warmup=0)
@@ -180,6 +194,7 @@ def run(name: str, latent: int, rank: int, n: int, rounds: int, device: str, dty
     ways: dict[str, Way] = {
         "plain step": lambda: unet(**arguments),
         "LoRAtorio": loratorio(unet, arguments, loras),
+        "LoRAtorio, base in the same batch": one_batch(unet, arguments, loras),
         "LoRAtorio, base share 1": loratorio(unet, arguments, loras, rows=1),
         "LoRAtorio, one refreshed a step": in_turn(unet, arguments, loras),
         "re-patching": repatching(unet, arguments, loras),
@@ -203,6 +218,7 @@ def run(name: str, latent: int, rank: int, n: int, rounds: int, device: str, dty
         for way, taken in times.items()
     }
     floors = {"LoRAtorio": floor(row, branches, n), "LoRAtorio, base share 1": floor(row, branches, n, True)}
+    floors["LoRAtorio, base in the same batch"] = floors["LoRAtorio"]
     floors["LoRAtorio, one refreshed a step"] = floor(row, branches, 1)
     return {"model": name, "latent": latent, "rank": rank, "n": n, "rounds": rounds, "ways": figures, "floor": floors}
 

@@ -23,7 +23,7 @@ import json
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -399,7 +399,8 @@ class Composition(ModelHook):
         super().__init__()
         self.pipe, self.loras, self.settings, self.on_step = pipe, loras, settings, on_step
         self.method = method_from(settings)
-        self.isolation = Isolation(layers_of(pipe), [lora.branches for lora in loras])
+        # The last one, without a branch, makes `Plan.BASE` an index like any other.
+        self.isolation = Isolation(layers_of(pipe), [*(lora.branches for lora in loras), {}])
         self.isolated = IsolatedCalls(self.isolation)
         self.encode = pipe.encode_prompt
         self.texts: dict[int, dict[str, Tensor]] = {}
@@ -408,8 +409,6 @@ class Composition(ModelHook):
 
     def acting(self, whom: int) -> AbstractContextManager:
         """While entered, the models hold what ``whom`` says: a LoRA's index, `Plan.BASE` or `Plan.MERGED`."""
-        if whom == Plan.BASE:
-            return nullcontext()
         return self.isolation.merged() if whom == Plan.MERGED else self.isolation.rows([whom])
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> tuple:
@@ -448,11 +447,12 @@ class Composition(ModelHook):
         plan = self.plan_step()
         if len(sample) != len(self.texts[Plan.BASE]["encoder_hidden_states"]):
             raise UnsupportedError(f"LoRAtorio: {type(self.pipe).__name__} guides by more than a negative prompt")
-        with self.acting(plan.host):
-            output = self.evaluate(with_text(arguments, self.texts[plan.host]))
         step = Step(len(self.steps), float(torch.as_tensor(timestep).flatten()[0]), plan)
-        if plan.host != Plan.MERGED:
-            output, step = self.compose(plan, arguments, output, step)
+        if plan.host == Plan.MERGED:
+            with self.acting(plan.host):
+                output = self.evaluate(with_text(arguments, self.texts[plan.host]))
+        else:
+            output, step = self.compose(plan, arguments, step)
         self.steps.append(step)
         if self.on_step is not None:
             self.on_step(step)
@@ -462,14 +462,11 @@ class Composition(ModelHook):
         """One call of the real UNet."""
         return self.fn_ref.original_forward(**arguments, return_dict=False)[0]
 
-    def compose(self, plan: Plan, arguments: Mapping[str, Any], output: Tensor, step: Step) -> tuple[Tensor, Step]:
-        """The composed rows, unconditional ones first, and the step with what was seen.
-
-        ``output``: the rows of the plan's host.
-        """
+    def compose(self, plan: Plan, arguments: Mapping[str, Any], step: Step) -> tuple[Tensor, Step]:
+        """The composed rows, unconditional ones first, and the step with what was seen."""
         x, timestep = arguments["sample"], arguments["timestep"]
-        unconds = len(output) // 2 if self.guided else 0
-        cond, uncond = self.evaluate_isolated(plan, arguments, unconds)
+        unconds = len(x) // 2 if self.guided else 0
+        output, cond, uncond = self.predict(plan, arguments, unconds)
 
         def noise(rows: Tensor) -> Tensor:
             return predicted_noise(self.pipe.scheduler, rows, x[unconds:], timestep)
@@ -491,22 +488,27 @@ class Composition(ModelHook):
         rows = composed.cond if composed.uncond is None else torch.cat([composed.uncond, composed.cond])
         return rows, step
 
-    def evaluate_isolated(self, plan: Plan, arguments: Mapping[str, Any], unconds: int) -> tuple[Tensor, Tensor | None]:
-        """The plan's LoRAs, each alone: ``[N, R, C, H, W]``, and the unconditional rows likewise where asked for."""
-        group, x = plan.isolated, arguments["sample"]
-        if not group:
-            return x.new_empty(0, len(x) - unconds, *x.shape[1:]), x.new_empty(0, unconds, *x.shape[1:])
-        first = 0 if plan.uncond else unconds
+    def predict(self, plan: Plan, arguments: Mapping[str, Any], unconds: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The plan's host ``[unconds + R, C, H, W]``, its isolated LoRAs ``[N, R, C, H, W]``, and where asked for their
+        unconditional rows ``[N, unconds, C, H, W]``."""
+        if plan.uncond:  # as many rows for the host as for each LoRA: one batch
+            output, *isolated = self.evaluate_each((plan.host, *plan.isolated), arguments)
+            isolated = torch.stack(isolated) if isolated else output.new_empty(0, *output.shape)
+            return output, isolated[:, unconds:], isolated[:, :unconds] if unconds else None
+        (output,) = self.evaluate_each((plan.host,), arguments)
+        return output, self.evaluate_each(plan.isolated, arguments, first=unconds), None
+
+    def evaluate_each(self, group: Sequence[int], arguments: Mapping[str, Any], first: int = 0) -> Tensor:
+        """The rows from ``first`` on, under each of ``group`` (LoRAs, `Plan.BASE`): ``[len(group), R, C, H, W]``."""
+        count = len(arguments["sample"])
 
         def call(positions: Sequence[int], part: slice) -> Tensor:
             part = slice(first + part.start, first + part.stop)
             texts = [self.texts[group[position]] for position in positions]
             text = {name: torch.cat([each[name][part] for each in texts]) for name in texts[0]}
-            return self.evaluate(with_text(repeat_rows(arguments, part, len(positions), len(x)), text))
+            return self.evaluate(with_text(repeat_rows(arguments, part, len(positions), count), text))
 
-        rows = self.isolated(group, len(x) - first, call)
-        conds = unconds - first
-        return rows[:, conds:], rows[:, :conds] if conds else None
+        return self.isolated(group, count - first, call)
 
     @contextmanager
     def installed(self) -> Iterator[None]:

@@ -71,10 +71,12 @@ class LinearBranches:
         """``x [k * R, ..., in]``, ``out [k * R, ..., out]``; returns ``out`` with the branches added."""
         xs = x.to(out.dtype).reshape(self.group_size, -1, x.shape[-1])
         ys = out.reshape(self.group_size, -1, out.shape[-1])
-        if len(self.positions) == self.group_size:
-            one_each = len(self.down) == self.group_size
+        first, last = self.positions[0], self.positions[-1]
+        if last - first + 1 == len(self.positions):
+            ours = slice(first, last + 1)
+            one_each = len(self.down) == len(self.positions)
             down, up = (self.down, self.up) if one_each else (self.down[self.stacked], self.up[self.stacked])
-            ys.baddbmm_(torch.bmm(xs, down).to(ys.dtype), up)
+            ys[ours].baddbmm_(torch.bmm(xs[ours], down).to(ys.dtype), up)
         else:
             for position, index in zip(self.positions, self.stacked):
                 ys[position].addmm_(torch.mm(xs[position], self.down[index]).to(ys.dtype), self.up[index])
