@@ -252,9 +252,10 @@ OPTIONS = (
     ),
     Option(
         "warmup",
-        1,
+        2,
         "Exact steps first",
-        "How many steps evaluate every LoRA before they are refreshed in turn. More: closer to exact, slower.",
+        "How many steps evaluate every LoRA before they are refreshed in turn; the first ones settle the layout. More: "
+        "closer to exact, slower.",
         group="Speed",
         low=0,
         high=1000,
@@ -279,6 +280,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "end": 1.0,
         "refresh": 0,
     },
+    "balanced": {"refresh": 1},
+    "fast": {"refresh": 1, "base_share": 1.0},
 }
 """Named starting points: the options a preset sets; options given beside it win."""
 

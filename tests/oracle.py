@@ -214,7 +214,8 @@ def switch(step, every, n):
 
 
 class Reuse:
-    """Section 5: a few LoRAs are fresh in a step; of the others the last known difference from the base is taken."""
+    """Section 5: a few LoRAs are fresh in a step; of the others the last known difference from the base is taken, and
+    grown by the square root of what it grew before. Unconditional rows are fresh in every other round of turns."""
 
     def __init__(self, refresh, warmup):
         self.refresh, self.warmup = refresh, warmup
@@ -226,17 +227,36 @@ class Reuse:
 
         Given is what a full evaluation finds; of it only the fresh LoRAs' part is looked at.
         """
-        n = len(eps)
-        fresh = list(range(n))
-        if self.steps >= self.warmup and self.refresh < n:
+        n, step = len(eps), self.steps
+        fresh, with_uncond = list(range(n)), True
+        if step >= self.warmup and self.refresh < n:
             fresh = [(self.turn + i) % n for i in range(self.refresh)]
-            self.turn = (self.turn + self.refresh) % n
+            with_uncond = (self.turn // n) % 2 == 0
+            self.turn += self.refresh
         self.steps += 1
         for i in fresh:
-            self.cond[i] = eps[i] - eps_base
-            if base_uncond is not None:
-                self.uncond[i] = (unconds[i] - base_uncond) / gain
-        known = np.stack([eps_base + self.cond.get(i, 0) for i in range(n)])
+            self.learn(self.cond, i, step, np.asarray(eps[i] - eps_base, np.float64))
+            if base_uncond is not None and with_uncond:
+                self.learn(self.uncond, i, step, np.asarray((unconds[i] - base_uncond) / gain, np.float64))
+        known = np.stack([eps_base + self.expected(self.cond, i, step) for i in range(n)])
         if base_uncond is None:
             return known, unconds
-        return known, np.stack([base_uncond + gain * self.uncond.get(i, 0) for i in range(n)])
+        return known, np.stack([base_uncond + gain * self.expected(self.uncond, i, step) for i in range(n)])
+
+    @staticmethod
+    def learn(known, i, step, delta):
+        growth = [1.0] * len(delta)
+        if i in known:
+            last, before, _ = known[i]
+            for row in range(len(delta)):
+                old, new = math.sqrt((before[row] ** 2).sum()), math.sqrt((delta[row] ** 2).sum())
+                if old > 0 and new > 0:
+                    growth[row] = min(max((new / old) ** (1 / (step - last)), 0.5), 2.0)
+        known[i] = step, delta, growth
+
+    @staticmethod
+    def expected(known, i, step):
+        if i not in known:
+            return 0
+        last, delta, growth = known[i]
+        return np.stack([delta[row] * growth[row] ** (0.5 * (step - last)) for row in range(len(delta))])

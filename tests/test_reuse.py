@@ -1,10 +1,15 @@
 """Refreshing LoRAs in turn: exact where nothing is stale, cheap where it says so, and right about what it reuses."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
 from loratorio_ext.core import InTurn, LoRAtorio, Plan, Predictions, method_from
+from loratorio_ext.core.reuse import Known
 from loratorio_ext.settings import Settings
+from tests import oracle
 
 N, ROWS, IMAGES, SHAPE = 4, 3, 2, (4, 6, 5)
 IMAGE_OF_ROW = (0, 0, 1)
@@ -60,6 +65,7 @@ def test_constant_differences_are_reused_exactly(refresh):
         full = world.step(sigma)
         plan = method.plan(step, N)
         assert len(plan.isolated) == (N if step == 0 else refresh)
+        assert plan.uncond or step > N // refresh
         composed, exact = method.combine(only(full, plan)), METHOD.combine(full)
         torch.testing.assert_close(composed.cond, exact.cond)
         torch.testing.assert_close(composed.uncond, exact.uncond)
@@ -74,7 +80,7 @@ def test_every_lora_is_refreshed_in_turn():
         method.combine(only(full, plan))
         seen += plan.isolated
         fresh = plan.isolated[0]
-        torch.testing.assert_close(method.deltas[fresh][0], full.eps[fresh] - full.eps_base)
+        torch.testing.assert_close(method.cond[fresh].delta, full.eps[fresh] - full.eps_base)
     assert seen == [0, 1, 2, 3, 0, 1, 2, 3]
 
 
@@ -103,11 +109,11 @@ def test_steps_without_unconditional_rows_keep_the_last_ones():
     """NGMS skips the unconditional rows of some steps; what was known of them is used again afterwards."""
     world, method = World(), InTurn(METHOD, refresh=1, warmup=1)
     method.combine(only(world.step(3.0), method.plan(0, N)))
-    known = [method.deltas[i][1].clone() for i in range(N)]
+    known = [method.uncond[i].delta.clone() for i in range(N)]
     skipped = Predictions(**{**vars(only(world.step(2.0), method.plan(1, N))), "host_uncond": None, "uncond": None})
     assert method.combine(skipped).uncond is None
     for i in range(N):
-        torch.testing.assert_close(method.deltas[i][1], known[i])
+        torch.testing.assert_close(method.uncond[i].delta, known[i])
 
 
 def test_base_only_guidance_needs_no_unconditional_rows():
@@ -123,6 +129,64 @@ def test_refreshing_as_many_as_there_are_is_exact_mode():
     method = InTurn(METHOD, refresh=N, warmup=0)
     for step in range(3):
         assert method.plan(step, N).isolated == tuple(range(N))
+
+
+def test_unconditional_rows_are_refreshed_in_every_other_round_of_turns():
+    """So that every LoRA has its turn with them, also where the number of LoRAs is even."""
+    world, method = World(drift=0.1), InTurn(METHOD, refresh=1, warmup=1)
+    seen = []
+    for step in range(1 + 3 * N):
+        plan = method.plan(step, N)
+        method.combine(only(world.step(1.0), plan))
+        seen.append(plan.uncond)
+    assert seen == [True] + [True] * N + [False] * N + [True] * N
+
+
+def test_differences_that_grow_are_expected_to_go_on_growing_more_slowly():
+    world, method = World(), InTurn(METHOD, refresh=1, warmup=2)
+    for step in range(3):
+        world.cond, world.uncond = 1.2 * world.cond, 1.5 * world.uncond
+        full = world.step(1.0)
+        plan = method.plan(step, N)
+        composed = method.combine(only(full, plan))
+    assert plan.isolated == (0,)
+    eps = full.eps_base + world.cond / 1.2 * 1.2**0.5
+    eps[0] = full.eps[0]
+    torch.testing.assert_close(composed.weights, METHOD.weights(eps, full.eps_base), rtol=1e-4, atol=1e-6)
+    uncond = full.host_uncond - world.uncond / 1.5 * 1.5**0.5
+    uncond[0] = full.uncond[0]
+    expected = METHOD.combine(replace(full, eps=eps, cond=full.host_cond - (eps - full.eps_base), uncond=uncond))
+    torch.testing.assert_close(composed.uncond, expected.uncond, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("first, second", [(0.0, 1.0), (1.0, 0.0), (1e-12, 1.0), (1.0, 1e-12)])
+def test_growth_from_or_to_nothing_is_bounded(first, second):
+    known = Known.first(0, torch.full((2, 3, 4, 4), first)).then(1, torch.full((2, 3, 4, 4), second))
+    assert known.growth.min() >= 0.5 and known.growth.max() <= 2.0
+    assert known.at(5).isfinite().all()
+
+
+def test_a_rows_growth_is_its_own():
+    """An image must not depend on what else is in its batch."""
+    small, large = torch.ones(1, 3, 4, 4), torch.ones(1, 3, 4, 4)
+    together = Known.first(0, torch.cat([small, large])).then(2, torch.cat([small, 1.7 * large]))
+    torch.testing.assert_close(together.at(4)[:1], small)
+    torch.testing.assert_close(together.at(4)[1:], 1.7 * large * 1.7**0.5)
+
+
+@pytest.mark.parametrize("refresh, warmup", [(1, 0), (1, 2), (2, 1), (3, 0), (N, 0)])
+def test_agrees_with_the_oracle(refresh, warmup):
+    world, method, reuse = World(drift=0.2), InTurn(METHOD, refresh, warmup), oracle.Reuse(refresh, warmup)
+    options = {**vars(METHOD), "base_share": METHOD.base_share}
+    for step, sigma in enumerate([*SIGMAS, *SIGMAS]):
+        full = world.step(sigma)
+        composed = method.combine(only(full, method.plan(step, N)))
+        base, base_uncond = full.eps_base.numpy(), full.host_uncond.numpy()
+        eps, unconds = reuse(full.eps.numpy(), base, full.uncond.numpy(), base_uncond, -sigma)
+        cond = full.host_cond.numpy() - sigma * (eps - base)
+        expected = oracle.loratorio(eps, base, cond, unconds, base_uncond, IMAGE_OF_ROW, options)
+        for found, wanted in zip((composed.cond, composed.uncond, composed.weights), expected):
+            np.testing.assert_allclose(found.numpy(), wanted, rtol=2e-4, atol=2e-5)
 
 
 def test_settings_choose_it():
