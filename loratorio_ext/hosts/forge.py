@@ -22,7 +22,15 @@ from loratorio_ext.errors import UnsupportedError
 from loratorio_ext.generation import Generation
 from loratorio_ext.hosts.forge_backends import Backend, backend_of
 from loratorio_ext.hosts.forge_patches import Patches, branches, joined
-from loratorio_ext.hosts.webui import asked_loras, encode, lora_extension, plan_step, prompts_of_pass, tell_of_loras
+from loratorio_ext.hosts.webui import (
+    asked_loras,
+    encode,
+    lora_extension,
+    plan_step,
+    prompts_of_pass,
+    tell_of_loras,
+    tell_of_none,
+)
 from loratorio_ext.isolation import BatchedCalls, Isolation
 
 logger = logging.getLogger("loratorio")
@@ -346,6 +354,7 @@ def open_sampling(generation: Generation) -> ForgeSampling | None:
     active = active_loras(generation.p, networks)
     tell_of_loras(generation, [lora.name for lora in active])
     if not active:
+        tell_of_none(generation)
         return None
     tell_of_the_pass(generation)
     return ForgeSampling(generation, networks, list({lora.file: lora for lora in active}.values()))

@@ -42,6 +42,11 @@ class Delta:
 Branch = Union[LowRank, Delta]
 
 
+def nbytes(*tensors: Tensor | None) -> int:
+    """The memory that tensors take."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+
 class LinearBranches:
     """Low-rank branches of a Linear layer for a group of LoRAs: two batched products over stacked matrices.
 
@@ -66,6 +71,7 @@ class LinearBranches:
         order = list(distinct)
         self.stacked = [order.index(id(branch)) for branch in branches]
         self.positions, self.group_size = positions, group_size
+        self.nbytes = nbytes(self.down, self.up)
 
     def apply(self, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
         """``x [k * R, ..., in]``, ``out [k * R, ..., out]``; returns ``out`` with the branches added."""
@@ -102,6 +108,7 @@ class ConvBranches:
             for position, branch in zip(positions, branches)
         ]
         self.group_size = group_size
+        self.nbytes = sum(nbytes(*tensors) for _, *tensors in self.parts)
 
     def apply(self, layer: nn.Conv2d, x: Tensor, out: Tensor) -> Tensor:
         """``x [k * R, in, H, W]``, ``out [k * R, out, H', W']``; returns ``out`` with the branches added."""
@@ -142,6 +149,7 @@ class DeltaBranches:
 
         self.parts = [(position, *full(branch)) for position, branch in zip(positions, branches)]
         self.group_size = group_size
+        self.nbytes = sum(nbytes(*tensors) for _, *tensors in self.parts)
 
     def apply(self, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
         """``x [k * R, ...]``, ``out [k * R, ...]``; returns ``out`` with the branches added."""
