@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from loratorio_ext.isolation import Delta, IsolatedCalls, Isolation, LowRank
+from loratorio_ext.isolation import Delta, IsolatedCalls, Isolation, LowRank, in_main_memory
 
 CHANNELS, WIDTH, TOKENS = 8, 12, 5
 
@@ -530,6 +530,16 @@ class TestNothingStays:
         for rows in (1, 2, 3):
             run_group(isolation, model, [0, 1], make_inputs(rows))
         assert len(isolation._stacks) == made
+
+
+def test_branches_in_main_memory_are_the_same_branches():
+    model = make_model()
+    loras = make_loras(model)
+    moved = [{name: in_main_memory(branch) for name, branch in lora.items()} for lora in loras]
+    assert {type(branch) for lora in moved for branch in lora.values()} == {LowRank, Delta}
+    inputs = make_inputs(1)
+    expected = run_group(Isolation(layers_of(model), loras), model, [0, 1, 2], inputs)
+    assert torch.equal(run_group(Isolation(layers_of(model), moved), model, [0, 1, 2], inputs), expected)
 
 
 class TestBudget:

@@ -30,7 +30,7 @@ from loratorio_ext.hosts.webui import (
     tell_of_loras,
     tell_of_none,
 )
-from loratorio_ext.isolation import ROWS_OF_A_POOL, Branch, Delta, IsolatedCalls, Isolation, LowRank
+from loratorio_ext.isolation import ROWS_OF_A_POOL, Branch, Delta, IsolatedCalls, Isolation, LowRank, in_main_memory
 
 logger = logging.getLogger("loratorio")
 
@@ -143,8 +143,14 @@ def bare(networks: ModuleType) -> Iterator[None]:
 
 def branches_of(generation: Generation, networks: ModuleType, lora: Any) -> tuple[dict[str, Branch], list]:
     """As `unet_branches` for the model that is loaded now, made once in a generation; to be called while `bare`."""
-    key = ("branches", loaded_model(), lora, lora.unet_multiplier, lora.dyn_dim)
-    return generation.once(key, lambda: unet_branches(networks, lora, shared.sd_model.network_layer_mapping))
+
+    def made() -> tuple[dict[str, Branch], list]:
+        fitting, misfits = unet_branches(networks, lora, shared.sd_model.network_layer_mapping)
+        if generation.settings.pool:
+            fitting = {name: in_main_memory(branch) for name, branch in fitting.items()}
+        return fitting, misfits
+
+    return generation.once(("branches", loaded_model(), lora, lora.unet_multiplier, lora.dyn_dim), made)
 
 
 def load_pool(generation: Generation, networks: ModuleType, active: Sequence[Any]) -> list[Any]:

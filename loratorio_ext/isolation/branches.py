@@ -8,7 +8,7 @@ equally many each (``R``), and segment ``j`` of it belongs to the group's ``j``-
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Union
 
 import torch
@@ -40,6 +40,12 @@ class Delta:
 
 
 Branch = Union[LowRank, Delta]
+
+
+def in_main_memory(branch: Branch) -> Branch:
+    """The branch with its tensors on the CPU, for one of many that shall only come to the device batch by batch."""
+    tensors = {name: value.cpu() for name, value in vars(branch).items() if isinstance(value, Tensor)}
+    return replace(branch, **tensors)
 
 
 def nbytes(*tensors: Tensor | None) -> int:
