@@ -57,10 +57,12 @@ def component(option: Option, elem_id: str) -> gr.components.Component:
     return gr.Slider(minimum=option.low, maximum=option.high, step=option.step, **common)
 
 
-def pool_extras(pool: gr.components.Component, elem_id: str) -> None:
-    """What stands below the pool: a button that lists the LoRAs anew, a line for entries that the menu does not have,
-    and the chosen LoRAs' trigger words."""
-    create_refresh_button(pool, list_anew, lambda: {"choices": pool_choices()}, f"{elem_id}_refresh")
+def pool_inputs(option: Option, elem_id: str) -> tuple[gr.components.Component, list[gr.components.Component]]:
+    """The pool's menu, and what goes with it: a button that lists the LoRAs anew, a line for entries that the menu does
+    not have, and the chosen LoRAs' trigger words."""
+    with gr.Row():
+        pool = component(option, elem_id)
+        button = create_refresh_button(pool, list_anew, lambda: {"choices": pool_choices()}, f"{elem_id}_refresh")
     line = gr.Textbox(
         label="Add to the pool",
         placeholder="robot:0.8, or robot*, or styles/*:0.6; then Enter",
@@ -75,6 +77,7 @@ def pool_extras(pool: gr.components.Component, elem_id: str) -> None:
 
     line.submit(add, inputs=[line, pool], outputs=[pool, line], show_progress=False)
     pool.change(words_of, inputs=[pool], outputs=[words], show_progress=False)
+    return pool, [button, line, words]
 
 
 def build_ui(tab: str) -> tuple[list, list]:
@@ -85,6 +88,7 @@ def build_ui(tab: str) -> tuple[list, list]:
     prefix = f"loratorio_{tab}"
     enabled = OPTION["enabled"]
     by_name: dict[str, Any] = {}
+    beside: dict[str, list] = {}
     groups: dict[str, list[Option]] = {}
     for option in OPTIONS[1:]:
         groups.setdefault(option.group, []).append(option)
@@ -101,16 +105,19 @@ def build_ui(tab: str) -> tuple[list, list]:
         for options in groups.values():
             with gr.Group():
                 for option in options:
-                    by_name[option.name] = component(option, f"{prefix}_{option.name}")
+                    elem_id, beside[option.name] = f"{prefix}_{option.name}", []
                     if isinstance(option, Lines):
-                        pool_extras(by_name[option.name], f"{prefix}_{option.name}")
+                        by_name[option.name], beside[option.name] = pool_inputs(option, elem_id)
+                    else:
+                        by_name[option.name] = component(option, elem_id)
 
     method = by_name["method"]
     dependent = [option for option in OPTIONS if option.methods]
+    shown = [(option, each) for option in dependent for each in (by_name[option.name], *beside[option.name])]
     filled_in = [option for option in OPTIONS if option.name not in UNTOUCHED_BY_PRESETS]
 
     def show_used(chosen: str) -> list:
-        return [gr.update(visible=option.used_by(chosen)) for option in dependent]
+        return [gr.update(visible=option.used_by(chosen)) for option, _ in shown]
 
     def fill_in(name: str) -> list:
         values = Settings.from_mapping({"preset": name})
@@ -118,7 +125,7 @@ def build_ui(tab: str) -> tuple[list, list]:
 
     for option in dependent:
         by_name[option.name].visible = option.used_by(OPTION["method"].default)
-    outputs = [by_name[option.name] for option in dependent]
+    outputs = [each for _, each in shown]
     method.change(show_used, inputs=[method], outputs=outputs, show_progress=False)
     preset.input(fill_in, inputs=[preset], outputs=[by_name[option.name] for option in filled_in], show_progress=False)
 

@@ -61,6 +61,9 @@ class Group:
         pass
 
 
+class Row(Group): ...
+
+
 def update(**properties) -> dict[str, Any]:
     """What an event's function returns to change a component."""
     return {"__type__": "generic_update", **properties}

@@ -14,6 +14,10 @@ class Embedding:
     vectors: Tensor
     loaded: bool | None = None
 
+    @property
+    def shape(self) -> int:
+        return self.vectors.shape[-1]
+
 
 class EmbeddingDatabase:
     def __init__(self):
