@@ -450,7 +450,8 @@ def open_sampling(generation: Generation) -> A1111Sampling | None:
     networks = lora_extension()
     active = list(dict.fromkeys(networks.loaded_networks))
     tell_of_loras(generation, [lora.name for lora in networks.loaded_networks])
-    check_supported()
+    if active or generation.settings.pool:
+        check_supported()
     loras = [*active, *load_pool(generation, networks, active)]
     if not loras:
         tell_of_none(generation)
