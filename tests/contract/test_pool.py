@@ -154,14 +154,14 @@ def test_what_does_not_fit_is_left_out_by_name(contract, strange_loras):
     before = contract.plain(prompt=TWO)
     composed = contract.composed({"pool": ["strange/*", "unet_only"]}, prompt=TWO)
     good = contract.composed({"pool": ["good, odd; name", "unet_only"]}, prompt=TWO)
-    assert equal(composed, good)
+    assert largest(composed.images, good.images) <= 1
     assert "other_shapes is left out of the pool: made for another model" in composed.infotext
     assert "other_names is left out of the pool: made for another model" in composed.infotext
     assert "broken is left out of the pool: its file cannot be read" in composed.infotext
     assert "left out" not in good.infotext
     assert equal(before, contract.plain(prompt=TWO))
     restored = contract.composed({"pool": ["strange/good, odd; name:1"]}, prompt=PLAIN)
-    assert equal(restored, contract.composed({"pool": ["lora"]}, prompt=PLAIN))
+    assert largest(restored.images, contract.composed({"pool": ["lora"]}, prompt=PLAIN).images) <= 1
 
 
 def test_a_pool_of_which_nothing_fits_gives_the_hosts_image(contract, strange_loras):
