@@ -1,8 +1,12 @@
-// On the accordion's header: how many LoRAs the prompt names, while that is too few to compose.
+// On the accordion's header: how many LoRAs the prompt names, while that is too few to compose and there is no pool.
 
 function loratorioCountLoras(tab) {
     const prompt = gradioApp().querySelector(`#${tab}_prompt textarea`);
     return prompt ? new Set([...prompt.value.matchAll(/<lora:([^:>]+)/g)].map((match) => match[1])).size : 0;
+}
+
+function loratorioHasPool(tab) {
+    return gradioApp().querySelector(`#loratorio_${tab}_pool .token`) !== null;
 }
 
 function loratorioUpdateBadge(tab) {
@@ -20,7 +24,7 @@ function loratorioUpdateBadge(tab) {
     }
     const count = loratorioCountLoras(tab);
     const hints = ["no LoRA in the prompt: nothing to compose", "one LoRA in the prompt: only guidance is re-centred"];
-    const text = (ticked && hints[count]) || "";
+    const text = (ticked && !loratorioHasPool(tab) && hints[count]) || "";
     if (badge.textContent !== text) badge.textContent = text;
 }
 

@@ -11,14 +11,17 @@ import json
 import random
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from loratorio_ext import __version__
 from loratorio_ext.errors import FileFormatError, LoRAtorioError, MissingFileError, SettingsError, UnsupportedError
 from loratorio_ext.infotext import PNG_KEY, LoraToken, infotext, join_prompt, split_prompt
-from loratorio_ext.settings import OPTIONS, PRESETS, Option, Settings
+from loratorio_ext.pool import Listed, Member, path_below, resolve
+from loratorio_ext.record import PICKED_KEY, Record, written_shares
+from loratorio_ext.settings import OPTIONS, PRESETS, Lines, Option, Settings
 
 try:
     import typer
@@ -77,13 +80,44 @@ def find_lora(name: str, folder: Path | None) -> Path:
     return found[0]
 
 
+def pool_members(settings: Settings, folder: Path | None, taken: Iterable[Path]) -> list[Member]:
+    """The pool's LoRAs among the files of the folder, without those that are ``taken`` already."""
+    if not settings.pool:
+        return []
+    if folder is None:
+        raise SettingsError("LoRAtorio: a pool is chosen from a folder; say with --lora-dir which")
+    if not folder.is_dir():
+        raise MissingFileError(f"LoRAtorio: {folder} is not a folder")
+    files = sorted(folder.rglob("*.safetensors"))
+    listed = [Listed(file.stem, str(file), path_below(str(file), str(folder))) for file in files]
+    known = {path.resolve() for path in taken}
+    members = resolve(settings.pool, listed, settings.pool_weight)
+    return [member for member in members if Path(member.lora.file).resolve() not in known]
+
+
+def load_pool(host: Any, pipe: Any, members: Iterable[Member]) -> tuple[list[Any], dict[str, str]]:
+    """The pool's LoRAs that fit the pipeline, and why others are left out, by name."""
+    loaded, left_out = [], {}
+    for member in members:
+        try:
+            lora = host.load_lora(pipe, member.lora.file, member.text, member.unet, member.lora.name)
+            loaded.append(replace(lora, pooled=True))
+        except (FileFormatError, UnsupportedError) as error:
+            left_out[member.lora.path] = error.detail
+            typer.echo(f"LoRAtorio: {member.lora.path} is left out of the pool: {error.detail}", err=True)
+    return loaded, left_out
+
+
 def requested_loras(
-    files: Iterable[str], tokens: Iterable[LoraToken], folder: Path | None
+    files: Iterable[str], tokens: Iterable[LoraToken], folder: Path | None, pool: Sequence[str] = ()
 ) -> dict[Path, tuple[float, float]]:
-    """Every LoRA file asked for, with its multipliers: the prompt's before the others, a file named twice once."""
+    """Every LoRA file asked for, with its multipliers: the prompt's before the others, a file named twice once.
+
+    Without a ``pool`` there must be one.
+    """
     in_prompt = {find_lora(token.name, folder): (token.te_weight, token.unet_weight) for token in tokens}
     requested = in_prompt | {path: (te, unet) for path, te, unet in map(parse_lora, files)}
-    if not requested:
+    if not requested and not pool:
         raise SettingsError(
             "LoRAtorio: no LoRA given; name one with --lora FILE, or in the prompt as <lora:name:weight>"
         )
@@ -151,9 +185,13 @@ def save(image: Any, path: Path, text: str) -> None:
 
 def parameter(option: Option) -> inspect.Parameter:
     """An option of the table as one of the command; without being given it is None, so that presets can fill it in."""
-    help_text = f"{option.help} ({option.allowed}; default {option.default})"
+    several = isinstance(option, Lines)
+    allowed = "repeatable" if several else f"{option.allowed}; default {option.default}"
+    help_text = f"{option.help} ({allowed})"
     panel = f"Composition: {option.group}" if option.group else "Composition"
-    annotation = Annotated[option.kind | None, typer.Option(help=help_text, rich_help_panel=panel)]
+    annotation = Annotated[
+        (list[str] if several else option.kind) | None, typer.Option(help=help_text, rich_help_panel=panel)
+    ]
     return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
@@ -230,10 +268,12 @@ def generate(
     settings = Settings.from_mapping({**given, "preset": preset, "enabled": True})
     text, tokens = split_prompt(prompt)
     width, height = (None, None) if size is None else parse_size(size)
-    requested = requested_loras(lora or (), tokens, lora_dir)
+    requested = requested_loras(lora or (), tokens, lora_dir, settings.pool)
+    members = pool_members(settings, lora_dir, requested)
     first = random.randrange(2**32) if seed < 0 else seed
     seeds = range(first, first + batch)
 
+    from loratorio_ext.heatmaps import pictures
     from loratorio_ext.hosts import diffusers as host  # only now: importing diffusers takes seconds
 
     clock = Clock()
@@ -243,10 +283,21 @@ def generate(
     host.check_supported(pipe)
     pipe.scheduler = host.scheduler_for(pipe, sampler)
     loras = [host.load_lora(pipe, path, *weights) for path, weights in requested.items()]
+    pooled, left_out = load_pool(host, pipe, members)
+    loras += pooled
+    if not loras:
+        raise UnsupportedError("LoRAtorio: no LoRA of the pool can be composed in this model")
     loading = clock.lap()
 
     seen: list[dict[str, Any]] = []
-    with host.composed(pipe, loras, settings, lambda step: seen.append(step_report(step, clock.lap()))):
+    record = Record()
+
+    def see(step: Any) -> None:
+        seen.append(step_report(step, clock.lap()))
+        if step.weights is not None:
+            record.add([lora.name for lora in loras], step.weights.float().numpy(), range(batch))
+
+    with host.composed(pipe, loras, replace(settings, pool=()), see):
         images = pipe(
             prompt=text.strip(),
             negative_prompt=negative,
@@ -273,14 +324,21 @@ def generate(
         "Version": f"LoRAtorio {__version__}",
     }
     files = numbered(out, batch)
-    for image, file, each in zip(images, files, seeds):
-        save(image, file, infotext(join_prompt(text.strip(), named), negative, {**parameters, "Seed": each}))
+    shares = record.shares() if settings.pool or settings.top_k else []
+    for index, (image, file, each) in enumerate(zip(images, files, seeds)):
+        own = {"Seed": each, PICKED_KEY: written_shares(shares[index]) if shares else None}
+        save(image, file, infotext(join_prompt(text.strip(), named), negative, {**parameters, **own}))
+        if settings.show_maps:
+            for kind, picture in zip(("shares", "maps"), pictures(record, index)):
+                picture.save(file.with_name(f"{file.stem}-{kind}.png"))
     if not as_json:
         typer.echo("\n".join(map(str, files)))
         return
     report = {
         "images": [{"file": str(file), "seed": each} for file, each in zip(files, seeds)],
         "loras": [{"file": str(path), "weights": weights} for path, weights in requested.items()],
+        "pool": [{"file": m.lora.file, "weights": (m.text, m.unet)} for m in members if m.lora.path not in left_out],
+        "left_out": left_out,
         "model": {"file": str(model), "pipeline": type(pipe).__name__, "device": device, "dtype": str(dtype)},
         "call": {"prompt": text.strip(), "negative": negative, "steps": steps, "cfg": cfg, "sampler": sampler},
         "options": {option.name: getattr(settings, option.name) for option in OPTIONS},

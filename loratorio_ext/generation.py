@@ -10,13 +10,27 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from loratorio_ext.errors import LoRAtorioError
+from loratorio_ext.record import PICKED_KEY, STEPS_KEY, Record, StepData, written_shares
 from loratorio_ext.settings import INFOTEXT_PREFIX, OPTIONS, Settings
 
 ATTRIBUTE = "loratorio"
 """Where a generation lives on the host's processing object, and goes with it."""
 
 NOTE_KEY = f"{INFOTEXT_PREFIX} note"
-INFOTEXT_KEYS = [*(option.infotext_key for option in OPTIONS), NOTE_KEY]
+INFOTEXT_KEYS = [*(option.infotext_key for option in OPTIONS), NOTE_KEY, PICKED_KEY, STEPS_KEY]
+
+
+def add_pictures(processed: Any, records: Sequence[Record]) -> None:
+    """Put pictures of the weights behind the result's images, each with its own image's infotext."""
+    from loratorio_ext.heatmaps import pictures
+
+    number = getattr(processed, "index_of_first_image", 0)
+    for record in records:
+        for image in range(record.images):
+            for picture in pictures(record, image):
+                processed.images.append(picture)
+                processed.infotexts.append(processed.infotexts[min(number, len(processed.infotexts) - 1)])
+            number += 1
 
 
 class Sampling(Protocol):
@@ -39,6 +53,8 @@ class Generation:
         self.error: LoRAtorioError | None = None
         self.prepared: dict[Hashable, Any] = {}
         """What one sampling pass has prepared and the next one of the same generation may use again."""
+        self.records: list[Record] = []
+        """What was picked, a record for each batch of images."""
         self._open_sampling = open_sampling
         self._interrupt = interrupt
         self._sampling: Sampling | None = None
@@ -59,6 +75,17 @@ class Generation:
         if generation.error or generation.settings.enabled:
             generation._bracket_sampling()
             p.extra_generation_params.update(generation.settings.to_infotext())
+
+    @classmethod
+    def finish(cls, p: Any, processed: Any) -> None:
+        """The images are there: add what was picked to the host's answer, and take everything of ours off ``p``."""
+        generation = cls.of(p)
+        cls.end(p)
+        if generation is None or not any(record.steps for record in generation.records):
+            return
+        p.extra_generation_params[STEPS_KEY] = StepData.of(generation.records)
+        if generation.settings.show_maps:
+            add_pictures(processed, generation.records)
 
     @staticmethod
     def of(p: Any) -> "Generation | None":
@@ -81,6 +108,8 @@ class Generation:
         """A sampling pass is about to begin."""
         with self.guarded():
             self.close()
+            if self.records_weights and not getattr(self.p, "is_hr_pass", False):
+                self.records.append(Record())
             self._sampling = self._open_sampling(self)
 
     def note(self, text: str) -> None:
@@ -89,6 +118,16 @@ class Generation:
         notes = self.p.extra_generation_params.get(NOTE_KEY, "")
         if text not in notes:
             self.p.extra_generation_params[NOTE_KEY] = f"{notes}; {text}" if notes else text
+
+    @property
+    def records_weights(self) -> bool:
+        """Whether anyone wants to know who was picked."""
+        return bool(self.settings.pool or self.settings.top_k or self.settings.show_maps)
+
+    def record(self, loras: Sequence[str], weights: Any, image_of_row: Sequence[int]) -> None:
+        """Keep a step's patch weights ``[N, R, h, w]`` (a tensor, or None where the method has none), if wanted."""
+        if weights is not None and self.records:
+            self.records[-1].add(loras, weights.float().cpu().numpy(), image_of_row)
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What ``make()`` returns, made once in this generation for all that it depends on (``key``)."""
@@ -122,6 +161,11 @@ class Generation:
         sampling, self._sampling = self._sampling, None
         if sampling is not None:
             sampling.close()
+            if self.records and self.records[-1].steps:
+                # A list: the host takes each image's own entry.
+                self.p.extra_generation_params[PICKED_KEY] = [
+                    written_shares(shares) for shares in self.records[-1].shares()
+                ]
 
     def _bracket_sampling(self) -> None:
         original = self.p.sample

@@ -4,8 +4,10 @@ Importing this module needs no host and no torch.
 """
 
 import difflib
+import json
 import math
 import reprlib
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass, replace
 from typing import Any
@@ -81,6 +83,10 @@ class Option:
             raise SettingsError(f"LoRAtorio: {self.name} must be {self.allowed}, got {shown(value)}")
         return self.kind(value)
 
+    def write(self, value: Any) -> str:
+        """A value's infotext form."""
+        return str(value)
+
     def parse(self, text: str) -> Any:
         """A value from its infotext form; raises `SettingsError` for what `check` would refuse."""
         if self.kind is str or not isinstance(text, str):
@@ -97,7 +103,38 @@ class Option:
         return self.parse(params[self.infotext_key]) if self.infotext_key in params else self.default
 
 
+def is_line(value: Any) -> bool:
+    """Whether a value is text that stands on one line: not blank, and without control characters."""
+    return (
+        isinstance(value, str)
+        and value.strip() != ""
+        and not any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in value)
+    )
+
+
+class Lines(Option):
+    """An option that is a list of text, kept as a tuple. Its infotext form is the list in JSON."""
+
+    allowed = "a list of text"
+
+    def check(self, value: Any) -> tuple[str, ...]:
+        """The list as a tuple; raises `SettingsError` unless every member is text of one line."""
+        if not isinstance(value, (list, tuple)) or not all(map(is_line, value)):
+            raise SettingsError(f"LoRAtorio: {self.name} must be {self.allowed}, got {shown(value)}")
+        return tuple(value)
+
+    def write(self, value: Sequence[str]) -> str:
+        return json.dumps(list(value), ensure_ascii=False)
+
+    def parse(self, text: str) -> tuple[str, ...]:
+        try:
+            return self.check(json.loads(text))
+        except (TypeError, ValueError, RecursionError) as error:  # JSON's errors and `SettingsError` are ValueErrors
+            raise SettingsError(f"LoRAtorio: {self.name} must be {self.allowed}, got {shown(text)}") from error
+
+
 LORATORIO = ("loratorio",)
+COMPOSING = ("loratorio", "composite", "switch")
 
 OPTIONS = (
     Option(
@@ -224,7 +261,7 @@ OPTIONS = (
         low=0.0,
         high=1.0,
         step=0.05,
-        methods=("loratorio", "composite", "switch"),
+        methods=COMPOSING,
     ),
     Option(
         "end",
@@ -236,7 +273,7 @@ OPTIONS = (
         low=0.0,
         high=1.0,
         step=0.05,
-        methods=("loratorio", "composite", "switch"),
+        methods=COMPOSING,
     ),
     Option(
         "refresh",
@@ -262,7 +299,50 @@ OPTIONS = (
         step=1,
         methods=LORATORIO,
     ),
+    Lines(
+        "pool",
+        (),
+        "Pool",
+        "More LoRAs that may take part, beside the prompt's: names, patterns (robot*) or folders (styles/*), each with "
+        "a weight after a colon if it has one of its own (robot:0.8). Weight 0 leaves a LoRA out.",
+        group="Selection",
+        methods=COMPOSING,
+    ),
+    Option(
+        "pool_weight",
+        1.0,
+        "Weight in the pool",
+        "The weight of every LoRA of the pool that has none of its own.",
+        group="Selection",
+        low=-2.0,
+        high=2.0,
+        step=0.05,
+        methods=COMPOSING,
+    ),
+    Option(
+        "reselect_every",
+        1,
+        "Select every n-th step",
+        "1: every LoRA is evaluated in every step (exact). More: only in every n-th step; in the steps between, only "
+        "the LoRAs that were kept there. It has no effect while LoRAs are refreshed in turn.",
+        group="Selection",
+        low=1,
+        high=1000,
+        step=1,
+        methods=LORATORIO,
+    ),
+    Option(
+        "show_maps",
+        False,
+        "Show weights as pictures",
+        "Adds two pictures to the result: every LoRA's share over the steps, and where in the image it acts.",
+        group="Selection",
+        methods=LORATORIO,
+    ),
 )
+
+UNTOUCHED_BY_PRESETS = ("enabled", "pool", "pool_weight", "show_maps")
+"""What an image is made of and what is shown of it; presets say how it is composed."""
 
 OPTION = {option.name: option for option in OPTIONS}
 
@@ -279,6 +359,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "start": 0.0,
         "end": 1.0,
         "refresh": 0,
+        "reselect_every": 1,
     },
     "balanced": {"refresh": 1},
     "fast": {"refresh": 1, "base_share": 1.0},
@@ -349,7 +430,7 @@ class _Settings:
         if not self.enabled:
             return {}
         values = {option: getattr(self, option.name) for option in OPTIONS}
-        return {option.infotext_key: str(value) for option, value in values.items() if value != option.default}
+        return {option.infotext_key: option.write(value) for option, value in values.items() if value != option.default}
 
 
 Settings = make_dataclass(

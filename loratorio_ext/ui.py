@@ -1,21 +1,83 @@
 """The accordion, made from the table of options."""
 
+import html
+from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
+from modules.ui_common import create_refresh_button
 from modules.ui_components import InputAccordion
 
-from loratorio_ext.settings import OPTION, OPTIONS, PRESETS, Option, Settings
+from loratorio_ext.errors import LoRAtorioError
+from loratorio_ext.hosts.webui import list_anew, listed_loras
+from loratorio_ext.pool import folders, resolve
+from loratorio_ext.settings import OPTION, OPTIONS, PRESETS, UNTOUCHED_BY_PRESETS, Lines, Option, Settings
+from loratorio_ext.triggers import trigger_words
+
+
+def pool_choices() -> list[str]:
+    """What the pool's menu offers: folders, then every LoRA by its path below the LoRA folder."""
+    try:
+        listed = listed_loras()
+    except LoRAtorioError:  # the host's Lora extension is off: said when an image is asked for
+        return []
+    return [*folders(listed), *(lora.path for lora in listed)]
+
+
+def words_of(pool: Sequence[str]) -> str:
+    """The trigger words of the pool's LoRAs, or what is wrong with an entry, as HTML."""
+    try:
+        members = resolve(pool or (), listed_loras(), 1.0)
+    except LoRAtorioError as error:
+        return f"<p>{html.escape(error.detail)}</p>"
+    words = ((member.lora.name, trigger_words(member.lora.file, member.lora.metadata)) for member in members)
+    lines = [f"<b>{html.escape(name)}</b>: {html.escape(text)}" for name, text in words if text]
+    return f"<p>Words that these LoRAs were trained on:<br>{'<br>'.join(lines)}</p>" if lines else ""
+
+
+def several_of(choices: list[str], **common: Any) -> gr.components.Component:
+    """A searchable menu of which several can be chosen, values that are not in it included."""
+    try:
+        return gr.Dropdown(choices=choices, multiselect=True, allow_custom_value=True, **common)
+    except ValueError:  # gradio 3 refuses to say so, and takes such values all the same
+        return gr.Dropdown(choices=choices, multiselect=True, **common)
 
 
 def component(option: Option, elem_id: str) -> gr.components.Component:
     """The input for one option."""
     common = {"label": option.label, "value": option.default, "info": option.help, "elem_id": elem_id}
+    if isinstance(option, Lines):
+        return several_of(pool_choices(), **{**common, "value": list(option.default)})
+    if option.kind is bool:
+        return gr.Checkbox(**common)
     if option.choices:
         return gr.Radio(choices=list(option.choices), **common)
     if option.name == "temperature":  # six decades: no slider can be set to them
         return gr.Number(minimum=option.low, maximum=option.high, **common)
     return gr.Slider(minimum=option.low, maximum=option.high, step=option.step, **common)
+
+
+def pool_inputs(option: Option, elem_id: str) -> tuple[gr.components.Component, list[gr.components.Component]]:
+    """The pool's menu, and what goes with it: a button that lists the LoRAs anew, a line for entries that the menu does
+    not have, and the chosen LoRAs' trigger words."""
+    with gr.Row():
+        pool = component(option, elem_id)
+        button = create_refresh_button(pool, list_anew, lambda: {"choices": pool_choices()}, f"{elem_id}_refresh")
+    line = gr.Textbox(
+        label="Add to the pool",
+        placeholder="robot:0.8, or robot*, or styles/*:0.6; then Enter",
+        max_lines=1,
+        elem_id=f"{elem_id}_add",
+    )
+    words = gr.HTML("", elem_id=f"{elem_id}_words")
+
+    def add(entry: str, chosen: list[str] | None) -> list:
+        entries = list(dict.fromkeys([*(chosen or []), *([entry.strip()] if entry.strip() else [])]))
+        return [gr.update(choices=list(dict.fromkeys([*pool_choices(), *entries])), value=entries), ""]
+
+    line.submit(add, inputs=[line, pool], outputs=[pool, line], show_progress=False)
+    pool.change(words_of, inputs=[pool], outputs=[words], show_progress=False)
+    return pool, [button, line, words]
 
 
 def build_ui(tab: str) -> tuple[list, list]:
@@ -26,6 +88,7 @@ def build_ui(tab: str) -> tuple[list, list]:
     prefix = f"loratorio_{tab}"
     enabled = OPTION["enabled"]
     by_name: dict[str, Any] = {}
+    beside: dict[str, list] = {}
     groups: dict[str, list[Option]] = {}
     for option in OPTIONS[1:]:
         groups.setdefault(option.group, []).append(option)
@@ -42,25 +105,29 @@ def build_ui(tab: str) -> tuple[list, list]:
         for options in groups.values():
             with gr.Group():
                 for option in options:
-                    by_name[option.name] = component(option, f"{prefix}_{option.name}")
+                    elem_id, beside[option.name] = f"{prefix}_{option.name}", []
+                    if isinstance(option, Lines):
+                        by_name[option.name], beside[option.name] = pool_inputs(option, elem_id)
+                    else:
+                        by_name[option.name] = component(option, elem_id)
 
     method = by_name["method"]
     dependent = [option for option in OPTIONS if option.methods]
+    shown = [(option, each) for option in dependent for each in (by_name[option.name], *beside[option.name])]
+    filled_in = [option for option in OPTIONS if option.name not in UNTOUCHED_BY_PRESETS]
 
     def show_used(chosen: str) -> list:
-        return [gr.update(visible=option.used_by(chosen)) for option in dependent]
+        return [gr.update(visible=option.used_by(chosen)) for option, _ in shown]
 
     def fill_in(name: str) -> list:
         values = Settings.from_mapping({"preset": name})
-        return [gr.update(value=getattr(values, option.name)) for option in OPTIONS[1:]]
+        return [gr.update(value=getattr(values, option.name)) for option in filled_in]
 
     for option in dependent:
         by_name[option.name].visible = option.used_by(OPTION["method"].default)
-    outputs = [by_name[option.name] for option in dependent]
+    outputs = [each for _, each in shown]
     method.change(show_used, inputs=[method], outputs=outputs, show_progress=False)
-    preset.input(
-        fill_in, inputs=[preset], outputs=[by_name[option.name] for option in OPTIONS[1:]], show_progress=False
-    )
+    preset.input(fill_in, inputs=[preset], outputs=[by_name[option.name] for option in filled_in], show_progress=False)
 
     infotext_fields = [(by_name[option.name], option.read) for option in OPTIONS]
     return [by_name[option.name] for option in OPTIONS], infotext_fields

@@ -29,4 +29,4 @@ class LoRAtorioScript(scripts.Script):
             generation.start_sampling()
 
     def postprocess(self, p, processed, *args):
-        Generation.end(p)
+        Generation.finish(p, processed)

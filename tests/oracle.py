@@ -94,18 +94,19 @@ def relative_divergence(similarity, gamma):
     return out
 
 
-def adaptive_temperature(score, kappa):
-    """[N,B,h,w] -> [B,1,1]."""
+def adaptive_temperature(score, kappa, mask=None):
+    """[N,B,h,w] -> [B,1,1]; of the LoRAs that the mask leaves in."""
     score = np.asarray(score, np.float64)
+    mask = np.ones(score.shape, bool) if mask is None else mask
     n, b, h, w = score.shape
     out = np.empty((b, 1, 1))
     for j in range(b):
         deviations = []
         for y in range(h):
             for x in range(w):
-                values = score[:, j, y, x]
-                mean = sum(values) / n
-                deviations.append(math.sqrt(sum((value - mean) ** 2 for value in values) / n))
+                values = [score[i, j, y, x] for i in range(n) if mask[i, j, y, x]]
+                mean = sum(values) / len(values)
+                deviations.append(math.sqrt(sum((value - mean) ** 2 for value in values) / len(values)))
         out[j] = max(kappa * sum(deviations) / len(deviations), SMALLEST_TEMPERATURE)
     return out
 
@@ -173,15 +174,19 @@ def guide(cond, uncond, image_of_row, row_weights, scale):
     return out
 
 
-def loratorio(eps, eps_base, cond, uncond, base_uncond, image_of_row, options):
-    """Sections 1 to 4: (cond [R,C,H,W], uncond [B,C,H,W] or None, patch weights [N,R,h,w])."""
+def loratorio(eps, eps_base, cond, uncond, base_uncond, image_of_row, options, mask=None):
+    """Sections 1 to 4: (cond [R,C,H,W], uncond [B,C,H,W] or None, patch weights [N,R,h,w]).
+
+    ``mask [N,R,h,w]``: who takes part, where that was settled in an earlier step.
+    """
     p = options["patch_size"]
     similarity = patch_similarity(eps, eps_base, p)
-    mask = top_k_mask(similarity, options["top_k"], options["selection_scope"])
+    if mask is None:
+        mask = top_k_mask(similarity, options["top_k"], options["selection_scope"])
     score = -relative_divergence(similarity, options["relativity"])
     tau = options["temperature"]
     if options["temperature_mode"] == "adaptive":
-        tau = adaptive_temperature(score, tau)
+        tau = adaptive_temperature(score, tau, mask)
     weights = softmin_weights(score, tau, mask=mask)
     pixels = UPSAMPLE[options["upsampling"]](weights, np.shape(cond)[-2:], p)
     composed = compose(cond, pixels)
@@ -211,6 +216,21 @@ def switch(step, every, n):
     for _ in range(step // every):
         turn = 0 if turn == n - 1 else turn + 1
     return turn
+
+
+class Selection:
+    """Section 3 in every m-th step: between them everyone keeps the mask of the last selection."""
+
+    def __init__(self, every):
+        self.every, self.steps, self.mask = every, 0, None
+
+    def __call__(self, eps, eps_base, options):
+        """The mask [N,R,h,w] of this step. Of a full evaluation, only what the mask leaves in is to be used."""
+        if self.steps % self.every == 0:
+            similarity = patch_similarity(eps, eps_base, options["patch_size"])
+            self.mask = top_k_mask(similarity, options["top_k"], options["selection_scope"])
+        self.steps += 1
+        return self.mask
 
 
 class Reuse:

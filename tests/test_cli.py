@@ -11,6 +11,7 @@ import pytest
 
 from loratorio_ext.errors import SettingsError, UnsupportedError
 from loratorio_ext.infotext import LoraToken, infotext, join_prompt, split_prompt
+from loratorio_ext.record import read_shares
 from loratorio_ext.settings import OPTIONS, Settings
 
 pytest.importorskip("diffusers")
@@ -112,6 +113,48 @@ class TestGenerate:
         run(folder, *lora, seed=4, out=folder / "single.png")
         one, other = (torch.tensor(list(Image.open(folder / name).tobytes())) for name in ("out-1.png", "single.png"))
         assert (one - other).abs().max() <= 1
+
+    def test_a_pool_is_chosen_from_the_folder(self, folder):
+        """The same image as with the files named one by one; what was picked is in the infotext and in pictures."""
+        dir_ = folder / "loras"
+        chosen = ("--pool", "hat:0.5:0.8", "--pool", "deep/*", "--top-k", "1", "--reselect-every", "2", "--show-maps")
+        result = run(folder, *chosen, lora_dir=dir_, out=folder / "pool.png")
+        assert result.exit_code == 0, result.output
+        by_file = ("--lora", f"{dir_}/hat.safetensors:0.5:0.8", "--lora", f"{dir_}/deep/cat.safetensors")
+        run(folder, *by_file, top_k=1, reselect_every=2, out=folder / "files.png")
+        # Evaluated in the pool's order, which is the order given here.
+        assert Image.open(folder / "pool.png").tobytes() == Image.open(folder / "files.png").tobytes()
+        prompt, _, values = read_infotext(folder / "pool.png")
+        assert prompt == "a cat"
+        assert Settings.from_infotext(values).pool == ("hat:0.5:0.8", "deep/*")
+        shares = read_shares(values["LoRAtorio picked"])
+        assert set(shares) <= {"hat", "cat"} and sum(shares.values()) == pytest.approx(1, abs=2e-3)
+        assert {file.name for file in folder.glob("pool-*.png")} == {"pool-shares.png", "pool-maps.png"}
+
+    def test_a_lora_in_prompt_and_pool_takes_part_once(self, folder):
+        dir_ = folder / "loras"
+        both = run(folder, "--json", "--pool", "*:0.1", prompt="a cat <lora:hat:0.5>", lora_dir=dir_)
+        report = json.loads(both.stdout)
+        assert [each["weights"] for each in report["loras"]] == [[0.5, 0.5]]
+        assert [each["file"] for each in report["pool"]] == [str(dir_ / "deep/cat.safetensors")]
+
+    def test_what_does_not_fit_is_left_out_of_the_pool_by_name(self, folder):
+        (folder / "mixed").mkdir()
+        for source in ("xl.safetensors", "broken.safetensors", "loras/hat.safetensors"):
+            (folder / "mixed" / source.rpartition("/")[2]).write_bytes((folder / source).read_bytes())
+        result = run(folder, "--pool", "*", lora_dir=folder / "mixed", out=folder / "mixed.png")
+        assert result.exit_code == 0, result.output
+        for name in ("xl", "broken"):
+            assert f"{name} is left out of the pool" in result.output
+        run(folder, "--lora", folder / "loras/hat.safetensors", out=folder / "hat.png")
+        assert Image.open(folder / "mixed.png").tobytes() == Image.open(folder / "hat.png").tobytes()
+        refused(run(folder, "--pool", "xl", lora_dir=folder / "mixed"), 5, "no LoRA of the pool can be composed")
+
+    def test_pools_that_are_refused(self, folder):
+        refused(run(folder, "--pool", "hat"), 2, "--lora-dir")
+        refused(run(folder, "--pool", "hot", lora_dir=folder / "loras"), 2, "did you mean hat")
+        refused(run(folder, "--pool", "../xl", lora_dir=folder / "loras"), 2, "there is no LoRA '../xl'")
+        refused(run(folder, "--pool", "hat", lora_dir=folder / "nowhere"), 3, "is not a folder")
 
     def test_report(self, folder):
         prompt = "a cat <lora:cat:0.5> in a hat <lora:hat:1:0.25>"

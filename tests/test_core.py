@@ -503,7 +503,7 @@ def test_signatures_that_others_call():
     assert names["patch_similarity"] == ["eps", "eps_base", "patch_size"]
     assert names["softmin_weights"] == ["similarity", "temperature", "top_k", "scope"]
     assert names["relative_similarity"] == ["similarity", "gamma"]
-    assert names["adaptive_temperature"] == ["score", "kappa"]
+    assert names["adaptive_temperature"] == ["score", "kappa", "chosen"]
     assert names["upsample_weights"] == ["weights", "size", "patch_size", "mode"]
     assert names["compose"] == ["predictions", "weights"]
     assert names["recenter"] == ["base_uncond", "composed_uncond", "base_share"]
@@ -876,8 +876,9 @@ class TestMethodFromSettings:
     def test_an_option_a_method_uses_says_so(self):
         for name in ("loratorio", "composite", "switch", "merge"):
             fields = set(vars(core.method_from(Settings(method=name))))
-            speed = {"refresh", "warmup"}  # of `InTurn`, around the method
-            assert fields == {option.name for option in OPTIONS if option.methods == (name,)} - speed
+            around = {"refresh", "warmup", "reselect_every"}  # of `InTurn` and `Reselection`, around the method
+            around |= {"show_maps"}  # of the host
+            assert fields == {option.name for option in OPTIONS if option.methods == (name,)} - around
 
 
 def test_the_oracle_itself_on_a_case_done_by_hand():

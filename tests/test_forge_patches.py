@@ -133,6 +133,14 @@ def test_weight_and_bias_are_branches_of_their_own():
     assert not misfits
 
 
+def test_a_misfit_is_one_though_the_host_merges_nothing_and_says_nothing():
+    model = nn.ModuleDict({"layer": nn.Linear(6, 12)})
+    store = {"layer.weight": [patch(lora(12, 5, 3))]}
+    fitting, misfits = branches(model, store, lambda weight: weight, lambda patches, weight, name: weight)
+    assert not fitting
+    assert "for a layer of 12 x 5" in str(misfits["layer.weight"])
+
+
 def test_misfits_are_told_by_name():
     def refuse(patches, weight, name):
         raise RuntimeError("shapes differ")

@@ -1,7 +1,10 @@
 """Rows of a LoRA in a shared batch against a copy of the model that holds this LoRA alone, merged into its weights."""
 
 import copy
+import subprocess
+import sys
 from itertools import combinations, permutations
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from loratorio_ext.isolation import Delta, IsolatedCalls, Isolation, LowRank
+from loratorio_ext.isolation import Delta, IsolatedCalls, Isolation, LowRank, in_main_memory
 
 CHANNELS, WIDTH, TOKENS = 8, 12, 5
 
@@ -527,6 +530,77 @@ class TestNothingStays:
         for rows in (1, 2, 3):
             run_group(isolation, model, [0, 1], make_inputs(rows))
         assert len(isolation._stacks) == made
+
+
+def test_branches_in_main_memory_are_the_same_branches():
+    model = make_model()
+    loras = make_loras(model)
+    moved = [{name: in_main_memory(branch) for name, branch in lora.items()} for lora in loras]
+    assert {type(branch) for lora in moved for branch in lora.values()} == {LowRank, Delta}
+    inputs = make_inputs(1)
+    expected = run_group(Isolation(layers_of(model), loras), model, [0, 1, 2], inputs)
+    assert torch.equal(run_group(Isolation(layers_of(model), moved), model, [0, 1, 2], inputs), expected)
+
+
+class TestBudget:
+    """Stacked matrices within a budget of memory: as if there were none, but for what is kept."""
+
+    @pytest.mark.parametrize("budget", [0, 1, 2000, 5000, 10**9])
+    def test_whatever_the_budget_the_rows_are_the_same(self, budget):
+        model = make_model()
+        loras = make_loras(model)
+        free, bound = Isolation(layers_of(model), loras), Isolation(layers_of(model), loras, budget)
+        inputs = make_inputs(1)
+        for group in ([0, 1], [2], [0, 1, 2], [0, 1], [2], [1, 0]):
+            assert torch.equal(run_group(bound, model, group, inputs), run_group(free, model, group, inputs))
+            assert bound._stacks.nbytes <= budget
+        assert (len(bound._stacks) == 0) == (budget < 2)
+
+    def test_the_least_recently_used_goes_first(self):
+        model = make_model()
+        loras = make_loras(model)
+        inputs, sizes = make_inputs(1), []
+        for group in ([0], [1]):
+            alone = Isolation(layers_of(model), loras, 10**9)
+            run_group(alone, model, group, inputs)
+            sizes.append(alone._stacks.nbytes)
+        isolation = Isolation(layers_of(model), loras, sum(sizes))
+
+        def kept():
+            return {group for _, group, *_ in isolation._stacks._kept}
+
+        for group in ([0], [1], [0]):
+            run_group(isolation, model, group, inputs)
+        assert kept() == {(0,), (1,)}
+        one = run_group(isolation, model, [2], inputs)
+        assert (2,) in kept() and isolation._stacks.nbytes <= sum(sizes)
+        of_the_older = [key for key in isolation._stacks._kept if key[1] == (1,)]
+        of_the_newer = [key for key in isolation._stacks._kept if key[1] == (0,)]
+        assert not of_the_older or of_the_newer
+        assert torch.equal(run_group(isolation, model, [2], inputs), one)
+
+    def test_forgetting_asks_for_the_budget_anew(self, monkeypatch):
+        from loratorio_ext.isolation import rows
+
+        budgets = iter([10**9, 0])
+        monkeypatch.setattr(rows, "memory_budget", lambda device: next(budgets))
+        model = make_model()
+        isolation = Isolation(layers_of(model), make_loras(model))
+        run_group(isolation, model, [0, 1], make_inputs(1))
+        assert len(isolation._stacks) > 0
+        isolation.forget()
+        run_group(isolation, model, [0, 1], make_inputs(1))
+        assert len(isolation._stacks) == 0
+
+    @pytest.mark.parametrize("budget, stays", [(24, True), (None, False)], ids=["bound", "free"])
+    def test_a_pool_of_25_on_a_cpu(self, budget, stays):
+        """Peak memory of a process in which 25 LoRAs are evaluated in batches of five, above that of the LoRAs
+        themselves: it stays within the budget (in MB) and a batch's own tensors; without one it does not."""
+        program = Path(__file__).with_name("pool_memory.py")
+        argument = [] if budget is None else [str(budget)]
+        done = subprocess.run([sys.executable, program, *argument], capture_output=True, text=True, check=True)
+        grown = float(done.stdout)
+        assert (grown < 24 + 30) == stays, f"{grown} MB"
 
 
 class Memory:

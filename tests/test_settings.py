@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 
 from loratorio_ext import core
 from loratorio_ext.errors import LoRAtorioError, SettingsError
-from loratorio_ext.settings import OPTION, OPTIONS, PRESETS, Option, Settings
+from loratorio_ext.infotext import quote
+from loratorio_ext.settings import OPTION, OPTIONS, PRESETS, UNTOUCHED_BY_PRESETS, Lines, Option, Settings
 
 NUMBERS = [option for option in OPTIONS if option.kind in (int, float)]
 WHOLE = [option for option in OPTIONS if option.kind is int]
@@ -28,7 +30,13 @@ def by_name(option):
     return option.name if isinstance(option, Option) else None
 
 
+LINE = st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp")), min_size=1).filter(str.strip)
+"""Text of one line, with all that separates names, weights and parameters from each other."""
+
+
 def valid_value(option):
+    if isinstance(option, Lines):
+        return st.lists(LINE, max_size=4).map(tuple)
     if option.kind is bool:
         return st.booleans()
     if option.choices:
@@ -151,6 +159,8 @@ class TestValues:
     @named("option", OPTIONS, ids=by_name)
     @named("value", JUNK, ids=lambda value: type(value).__name__)
     def test_junk_is_refused_by_name_value_and_range(self, option, value):
+        if isinstance(option, Lines) and isinstance(value, list) and not value:
+            return
         message = refuses(option, value)
         assert message.startswith(f"LoRAtorio: {option.name} must be {option.allowed}, got ")
         assert len(message) < 300, "a huge value is not repeated in full"
@@ -227,6 +237,19 @@ class TestValues:
         with pytest.raises(SettingsError):
             dataclasses.replace(settings, patch_size=65)
 
+    @named("value", ["robot", None, {}, {"a"}, [1], ["a", None], [""], [" "], ["a\nb"], ["\x00"], ["\ud800"],
+                     ["\u2028"], [["a"]], range(2), 10**5000, iter(["a"])], ids=type)  # fmt: skip
+    @named("option", [option for option in OPTIONS if isinstance(option, Lines)], ids=by_name)
+    def test_lists_of_anything_but_lines(self, option, value):
+        message = refuses(option, value)
+        assert message.startswith(f"LoRAtorio: {option.name} must be a list of text, got ") and len(message) < 300
+
+    def test_lists_stay_in_order_and_do_not_change_with_the_callers(self):
+        given = ["b", "a", "b"]
+        settings = Settings(pool=given)
+        given.append("c")
+        assert settings.pool == ("b", "a", "b")
+
 
 class TestNamed:
     def test_nothing_given(self):
@@ -274,6 +297,10 @@ class TestPresets:
         assert Settings.from_mapping({"preset": name}).enabled is False
         assert Settings.from_mapping({"preset": name, "enabled": True}).enabled is True
 
+    @named("name", PRESETS)
+    def test_no_preset_says_what_an_image_is_made_of(self, name):
+        assert not set(PRESETS[name]) & set(UNTOUCHED_BY_PRESETS)
+
     def test_paper_is_the_literal_form(self):
         paper = Settings.from_mapping({"preset": "paper"})
         assert paper.method == "loratorio" and paper.temperature_mode == "fixed" and paper.temperature == 1.0
@@ -300,7 +327,27 @@ class TestPresets:
 
 
 class TestArgs:
-    VALUES = [True, "switch", 8, "fixed", 0.7, 0.25, "bilinear", 0.75, 3, "patch", 9, 0.125, 0.875, 2, 4]
+    VALUES = [
+        True,
+        "switch",
+        8,
+        "fixed",
+        0.7,
+        0.25,
+        "bilinear",
+        0.75,
+        3,
+        "patch",
+        9,
+        0.125,
+        0.875,
+        2,
+        4,
+        ("robot", "styles/*:0.6"),
+        0.5,
+        3,
+        True,
+    ]
 
     def test_the_examples_differ_from_the_defaults(self):
         assert len(self.VALUES) == len(OPTIONS)
@@ -367,6 +414,31 @@ class TestInfotext:
         read = Settings.from_infotext({"Steps": "20", "Sampler": "Euler a", **written})
         assert read == (settings if settings.enabled else Settings())
         assert all(isinstance(value, str) for value in written.values())
+
+    @given(st.lists(LINE, min_size=1, max_size=5))
+    def test_names_survive_the_webuis_own_text(self, names):
+        """Commas, colons, quotes, semicolons and backslashes: among other parameters, quoted as the WebUI does it."""
+        written = Settings(enabled=True, pool=names).to_infotext()
+        line = ", ".join(f"{key}: {quote(value)}" for key, value in {"Steps": 20, **written, "Version": "1"}.items())
+        found = re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', line)
+        read = {key: json.loads(value) if value[:1] == value[-1:] == '"' else value for key, value in found}
+        assert Settings.from_infotext(read).pool == tuple(names)
+
+    def test_a_list_as_it_stands_in_an_infotext(self):
+        pool = ["robot", "styles/*:0.6", 'a "b", c;d']
+        written = Settings(enabled=True, pool=pool).to_infotext()["LoRAtorio pool"]
+        assert written == '["robot", "styles/*:0.6", "a \\"b\\", c;d"]'
+        assert Settings.from_infotext({"LoRAtorio pool": written}).pool == tuple(pool)
+
+    @named(
+        "text",
+        ['"robot"', "robot", "{}", '[["a"]]', "[null]", '["a"', "null", "[" * 100_000, '["\\ud800"]'],
+        ids=lambda t: t[:9],
+    )
+    def test_text_that_is_no_list(self, text):
+        with pytest.raises(SettingsError, match="pool must be a list of text") as caught:
+            Settings.from_infotext({"LoRAtorio pool": text})
+        assert len(str(caught.value)) < 300
 
     def test_only_what_differs_from_the_defaults_is_written(self):
         assert Settings(enabled=True).to_infotext() == {"LoRAtorio enabled": "True"}

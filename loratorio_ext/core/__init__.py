@@ -23,6 +23,7 @@ from loratorio_ext.core.methods import (
 )
 from loratorio_ext.core.patches import patch_similarity, upsample_weights
 from loratorio_ext.core.registry import METHODS, method_from
+from loratorio_ext.core.reselection import Reselection
 from loratorio_ext.core.reuse import InTurn
 from loratorio_ext.core.selection import top_k_mask
 
@@ -36,6 +37,7 @@ __all__ = [
     "Method",
     "Plan",
     "Predictions",
+    "Reselection",
     "Switch",
     "adaptive_temperature",
     "compose",

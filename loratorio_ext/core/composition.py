@@ -43,14 +43,21 @@ def relative_similarity(similarity: Tensor, gamma: float) -> Tensor:
     return torch.where(silent, torch.zeros_like(divergence), -divergence / scale)
 
 
-def adaptive_temperature(score: Tensor, kappa: float) -> Tensor:
+def adaptive_temperature(score: Tensor, kappa: float, chosen: Tensor | None = None) -> Tensor:
     """``kappa`` times the spread of scores: population standard deviation over N, averaged over an image's patches.
 
-    ``[N, B, h, w] -> [B, 1, 1]``, never zero. Similarities spread a thousandfold more in late steps than in early
-    ones; this keeps the sharpness of SoftMin the same in all of them.
+    ``[N, B, h, w] -> [B, 1, 1]``, never zero; where ``chosen [N, B, h, w]`` is given, of the LoRAs that are chosen in
+    a patch (at least one in each). Similarities spread a thousandfold more in late steps than in early ones; this
+    keeps the sharpness of SoftMin the same in all of them.
     """
-    spread = score.float().std(dim=0, correction=0).mean(dim=(-2, -1), keepdim=True)
-    return (kappa * spread).clamp(min=MIN_TEMPERATURE)
+    score = score.float()
+    if chosen is None:
+        deviation = score.std(dim=0, correction=0)
+    else:
+        count = chosen.sum(dim=0)
+        mean = score.masked_fill(~chosen, 0).sum(dim=0) / count
+        deviation = ((score - mean).masked_fill(~chosen, 0).square().sum(dim=0) / count).sqrt()
+    return (kappa * deviation.mean(dim=(-2, -1), keepdim=True)).clamp(min=MIN_TEMPERATURE)
 
 
 def compose(predictions: Tensor, weights: Tensor) -> Tensor:

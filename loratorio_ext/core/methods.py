@@ -47,6 +47,7 @@ class Predictions:
     ``eps_base [R, C, H, W]``, ``eps [N, R, C, H, W]``: the conditional rows as predicted noise.
     ``image_of_row``: for each conditional row the image it belongs to.
     ``gain``: how the host's parameterisation moves with the noise, ``output = a x + gain * eps``, equal for all rows.
+    ``chosen [N, R, h, w]``: the LoRAs that take part, where that is settled already; None: the method chooses.
     """
 
     host_cond: Tensor
@@ -57,6 +58,7 @@ class Predictions:
     eps: Tensor
     image_of_row: tuple[int, ...]
     gain: float | Tensor
+    chosen: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -102,18 +104,33 @@ class LoRAtorio:
     def plan(self, step: int, n: int) -> Plan:
         return Plan(host=Plan.BASE, isolated=tuple(range(n)), uncond=self.base_share < 1)
 
-    def weights(self, eps: Tensor, eps_base: Tensor) -> Tensor:
-        """Patch weights Omega ``[N, R, h, w]`` from the predicted noise of LoRAs and base model."""
+    def selects(self, n: int) -> bool:
+        """Whether some of ``n`` LoRAs are left out."""
+        return 0 < self.top_k < n
+
+    def choose(self, similarity: Tensor) -> Tensor | None:
+        """Who takes part, ``[N, R, h, w]``; None: all.
+
+        Ranked by similarity itself: relative to its own mean, every LoRA of an image would rank alike.
+        """
+        return top_k_mask(similarity, self.top_k, self.selection_scope) if self.selects(len(similarity)) else None
+
+    def weights(self, eps: Tensor, eps_base: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """Patch weights Omega ``[N, R, h, w]`` from the predicted noise of LoRAs and base model.
+
+        Who is left out takes no part in anything: the adaptive temperature, too, is that of the ``chosen``.
+        """
         similarity = patch_similarity(eps, eps_base, self.patch_size)
+        chosen = self.choose(similarity) if chosen is None else chosen
         score = relative_similarity(similarity, self.relativity)
         adaptive = self.temperature_mode == "adaptive"
-        temperature = adaptive_temperature(score, self.temperature) if adaptive else self.temperature
-        # Ranked by similarity itself: relative to its own mean, every LoRA of an image would rank alike.
-        chosen = top_k_mask(similarity, self.top_k, self.selection_scope)
-        return softmin_weights(score.masked_fill(~chosen, torch.inf), temperature)
+        temperature = adaptive_temperature(score, self.temperature, chosen) if adaptive else self.temperature
+        if chosen is not None:
+            score = score.masked_fill(~chosen, torch.inf)
+        return softmin_weights(score, temperature)
 
     def combine(self, predictions: Predictions) -> ComposedStep:
-        weights = self.weights(predictions.eps, predictions.eps_base)
+        weights = self.weights(predictions.eps, predictions.eps_base, predictions.chosen)
         pixels = upsample_weights(weights, predictions.cond.shape[-2:], self.patch_size, self.upsampling)
         uncond = predictions.host_uncond
         if uncond is not None and self.base_share < 1:

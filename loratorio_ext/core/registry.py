@@ -4,6 +4,7 @@ from dataclasses import fields
 from typing import Any
 
 from loratorio_ext.core.methods import Composite, LoRAtorio, Merge, Method, Switch
+from loratorio_ext.core.reselection import Reselection
 from loratorio_ext.core.reuse import InTurn
 
 METHODS: dict[str, type] = {"loratorio": LoRAtorio, "composite": Composite, "switch": Switch, "merge": Merge}
@@ -16,4 +17,6 @@ def method_from(settings: Any) -> Method:
     method = kind(**{field.name: getattr(settings, field.name) for field in fields(kind)})
     if kind is LoRAtorio and settings.refresh:
         return InTurn(method, settings.refresh, settings.warmup)
+    if kind is LoRAtorio and settings.reselect_every > 1:
+        return Reselection(method, settings.reselect_every)
     return method

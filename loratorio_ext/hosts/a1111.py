@@ -7,6 +7,7 @@ of LoRAs is empty, so that its pass is the base model's. Outside of that the hos
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -19,8 +20,17 @@ from torch import Tensor, nn
 from loratorio_ext.core import ComposedStep, Plan, Predictions, method_from
 from loratorio_ext.errors import UnsupportedError
 from loratorio_ext.generation import Generation
-from loratorio_ext.hosts.webui import encode, lora_extension, plan_step, prompts_of_pass, tell_of_loras
-from loratorio_ext.isolation import Branch, Delta, IsolatedCalls, Isolation, LowRank
+from loratorio_ext.hosts.webui import (
+    encode,
+    leave_out,
+    lora_extension,
+    plan_step,
+    pool_of,
+    prompts_of_pass,
+    tell_of_loras,
+    tell_of_none,
+)
+from loratorio_ext.isolation import ROWS_OF_A_POOL, Branch, Delta, IsolatedCalls, Isolation, LowRank, in_main_memory
 
 logger = logging.getLogger("loratorio")
 
@@ -40,17 +50,30 @@ def only(networks: ModuleType, active: Sequence[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def without_embeddings(loras: Sequence[Any]) -> Iterator[None]:
-    """While entered, the prompt parser does not know the embeddings that these LoRAs' files bring along."""
-    known = [(name, each) for lora in loras for name, each in lora.bundle_embeddings.items() if each.loaded]
-    register = model_hijack.embedding_db.register_embedding_by_name
+def embeddings_of(active: Sequence[Any], others: Sequence[Any]) -> Iterator[None]:
+    """While entered, the prompt parser knows the embeddings that the files of ``active`` bring along, and none of those
+    of ``others``.
+
+    The host has made those of its own list known (``loaded``); those of a pool's LoRAs it has never heard of.
+    """
+    database, model = model_hijack.embedding_db, shared.sd_model
+    known = [(name, each) for lora in others for name, each in lora.bundle_embeddings.items() if each.loaded]
+    unheard = [(name, each) for lora in active for name, each in lora.bundle_embeddings.items() if each.loaded is None]
+    added = []
     try:
         for name, _ in known:
-            register(None, shared.sd_model, name)
+            database.register_embedding_by_name(None, model, name)
+        for name, embedding in unheard:
+            fits = database.expected_shape in (-1, embedding.shape)
+            if fits and name not in database.word_embeddings:
+                database.register_embedding_by_name(embedding, model, name)
+                added.append(name)
         yield
     finally:
+        for name in added:
+            database.register_embedding_by_name(None, model, name)
         for name, embedding in known:
-            register(embedding, shared.sd_model, name)
+            database.register_embedding_by_name(embedding, model, name)
 
 
 def is_text_encoder(module: Any) -> bool:
@@ -106,6 +129,56 @@ def unet_branches(networks: ModuleType, network: Any, layers: dict[str, nn.Modul
             misfits.append(name)
             logger.warning("%s does not fit layer %s: %s", network.name, name, error)
     return branches, misfits
+
+
+@contextmanager
+def bare(networks: ModuleType) -> Iterator[None]:
+    """While entered, the model's weights are its own as soon as the host looks at them."""
+    with only(networks, []):
+        if shared.opts.lora_functional:  # there the host leaves weights merged earlier as they are
+            for layer in shared.sd_model.model.modules():
+                networks.network_apply_weights(layer)
+        yield
+
+
+def branches_of(generation: Generation, networks: ModuleType, lora: Any) -> tuple[dict[str, Branch], list]:
+    """As `unet_branches` for the model that is loaded now, made once in a generation; to be called while `bare`."""
+
+    def made() -> tuple[dict[str, Branch], list]:
+        fitting, misfits = unet_branches(networks, lora, shared.sd_model.network_layer_mapping)
+        if generation.settings.pool:
+            fitting = {name: in_main_memory(branch) for name, branch in fitting.items()}
+        return fitting, misfits
+
+    return generation.once(("branches", loaded_model(), lora, lora.unet_multiplier, lora.dyn_dim), made)
+
+
+def load_pool(generation: Generation, networks: ModuleType, active: Sequence[Any]) -> list[Any]:
+    """The pool's LoRAs beside the ``active`` ones, loaded by the host's own code and unknown to the host.
+
+    What cannot be read, and what was made for another model, is left out and named.
+    """
+    taken, loaded = [lora.network_on_disk.filename for lora in active], []
+    for member in pool_of(generation, taken):
+        name = member.lora.name
+        entry = networks.available_networks[name]
+        load = partial(networks.load_network, name, entry)
+        try:
+            network = generation.once(("pool", entry, loaded_model()), load)
+        except Exception as error:  # whatever a file may hold
+            logger.warning("%s cannot be read: %s", member.lora.file, error, exc_info=True)
+            leave_out(generation, name, f"its file cannot be read ({type(error).__name__})")
+            continue
+        network.te_multiplier, network.unet_multiplier, network.dyn_dim = member.text, member.unet, None
+        with bare(networks):
+            _, misfits = branches_of(generation, networks, network)
+        if misfits:
+            leave_out(generation, name, f"made for another model, {len(misfits)} layers have other shapes")
+        elif not network.modules and not network.bundle_embeddings:
+            leave_out(generation, name, "made for another model, it has none of this one's layers")
+        else:
+            loaded.append(network)
+    return loaded
 
 
 # --- conditionings ----------------------------------------------------------------------------------------------------
@@ -205,19 +278,17 @@ class A1111Sampling:
 
     def isolate(self) -> IsolatedCalls:
         """The LoRAs' branches on the UNet's layers."""
-        layers = shared.sd_model.network_layer_mapping
         branches = []
-        with only(self.networks, []):
-            if shared.opts.lora_functional:  # there the host leaves weights merged earlier as they are
-                for layer in shared.sd_model.model.modules():
-                    self.networks.network_apply_weights(layer)
+        with bare(self.networks):
             for lora in self.loras:
-                fitting, misfits = unet_branches(self.networks, lora, layers)
+                fitting, misfits = branches_of(self.generation, self.networks, lora)
                 branches.append(fitting)
                 if misfits:
                     self.generation.note(f"{lora.name} does not fit {len(misfits)} layers of this model")
-        rows_like_host = None if shared.opts.batch_cond_uncond else self.p.batch_size
-        return IsolatedCalls(Isolation(layers, branches), rows_like_host)
+        isolation = Isolation(shared.sd_model.network_layer_mapping, branches)
+        limits = [] if shared.opts.batch_cond_uncond else [self.p.batch_size]
+        limits += [ROWS_OF_A_POOL] if self.settings.pool else []
+        return IsolatedCalls(isolation, min(limits, default=None))
 
     def encode_all(self) -> tuple[Any, list[Any]]:
         """The prompts' schedules of conditionings: the bare model's, and each LoRA's."""
@@ -227,7 +298,7 @@ class A1111Sampling:
     def encode(self, active: Sequence[Any]) -> tuple[Any, Any]:
         """Schedules of conditionings, positive and negative, with just the LoRAs ``active``."""
         others = [lora for lora in self.loras if lora not in active]
-        with only(self.networks, active), without_embeddings(others):
+        with only(self.networks, active), embeddings_of(active, others):
             return encode(self.p)
 
     def before_unet(self, params: script_callbacks.CFGDenoiserParams) -> None:
@@ -268,6 +339,8 @@ class A1111Sampling:
             with only(self.networks, []):
                 predictions = self.predict(params.x)
             composed = self.method.combine(predictions)
+            names = [lora.name for lora in self.loras]
+            self.generation.record(names, composed.weights, predictions.image_of_row)
             write_rows(params.x, composed, self.conds_list)
 
     def predict(self, output: Tensor) -> Predictions:
@@ -375,9 +448,15 @@ def open_sampling(generation: Generation) -> A1111Sampling | None:
     if generation.settings.method == "merge":
         return None
     networks = lora_extension()
-    loras = list(dict.fromkeys(networks.loaded_networks))
+    active = list(dict.fromkeys(networks.loaded_networks))
     tell_of_loras(generation, [lora.name for lora in networks.loaded_networks])
-    return A1111Sampling(generation, networks, loras) if loras else None
+    if active or generation.settings.pool:
+        check_supported()
+    loras = [*active, *load_pool(generation, networks, active)]
+    if not loras:
+        tell_of_none(generation)
+        return None
+    return A1111Sampling(generation, networks, loras)
 
 
 def begin(p: Any, args: Sequence[Any]) -> None:

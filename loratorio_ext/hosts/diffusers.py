@@ -46,7 +46,7 @@ from torch import Tensor, nn
 
 from loratorio_ext.core import Plan, Predictions, method_from, patch_similarity
 from loratorio_ext.errors import FileFormatError, MissingFileError, SettingsError, UnsupportedError
-from loratorio_ext.isolation import IsolatedCalls, Isolation, LowRank
+from loratorio_ext.isolation import ROWS_OF_A_POOL, IsolatedCalls, Isolation, LowRank
 from loratorio_ext.settings import Settings, nearest_name
 
 UNET = "unet"
@@ -162,10 +162,14 @@ def generators(seeds: Iterable[int]) -> list[torch.Generator]:
 
 @dataclass(frozen=True)
 class LoRA:
-    """One LoRA at its weights, as branches by layer name (``unet.…``, ``text_encoder.…``, ``text_encoder_2.…``)."""
+    """One LoRA at its weights, as branches by layer name (``unet.…``, ``text_encoder.…``, ``text_encoder_2.…``).
+
+    ``pooled``: it belongs to a pool, and takes no part where LoRAs act merged.
+    """
 
     name: str
     branches: Mapping[str, LowRank]
+    pooled: bool = False
 
     @property
     def speaks_to_text_encoder(self) -> bool:
@@ -376,8 +380,8 @@ def noise_gain(scheduler: Any, timestep: Tensor) -> float:
 class Step:
     """What one call of the UNet came to, on the CPU.
 
-    ``plan``: the evaluations it took. ``similarity``, ``weights``: ``[N, R, h, w]`` of patches, where the method has
-    them.
+    ``plan``: the evaluations it took. ``similarity [M, R, h, w]`` of the M LoRAs that were evaluated, and ``weights
+    [N, R, h, w]`` of all, patch by patch, where the method has them.
     """
 
     index: int
@@ -401,7 +405,7 @@ class Composition(ModelHook):
         self.method = method_from(settings)
         # The last one, without a branch, makes `Plan.BASE` an index like any other.
         self.isolation = Isolation(layers_of(pipe), [*(lora.branches for lora in loras), {}])
-        self.isolated = IsolatedCalls(self.isolation)
+        self.isolated = IsolatedCalls(self.isolation, ROWS_OF_A_POOL if any(lora.pooled for lora in loras) else None)
         self.encode = pipe.encode_prompt
         self.texts: dict[int, dict[str, Tensor]] = {}
         self.guided = False
@@ -409,7 +413,9 @@ class Composition(ModelHook):
 
     def acting(self, whom: int) -> AbstractContextManager:
         """While entered, the models hold what ``whom`` says: a LoRA's index, `Plan.BASE` or `Plan.MERGED`."""
-        return self.isolation.merged() if whom == Plan.MERGED else self.isolation.rows([whom])
+        if whom == Plan.MERGED:
+            return self.isolation.merged([index for index, lora in enumerate(self.loras) if not lora.pooled])
+        return self.isolation.rows([whom])
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> tuple:
         """In place of the pipeline's: encodes under none of the LoRAs, each alone, and all; returns the first.
@@ -574,11 +580,14 @@ def composed(
 ) -> Iterator[Composition]:
     """While entered, calls of ``pipe`` compose the LoRAs.
 
-    ``options``: the options of `loratorio_ext.settings` by name (and ``preset``), over those of ``settings``. Without
-    LoRAs nothing is touched.
+    ``options``: the options of `loratorio_ext.settings` by name (and ``preset``), over those of ``settings``. A pool is
+    given as LoRAs, too (see ``LoRA.pooled``), not by name. Without LoRAs nothing is touched.
     """
     check_supported(pipe)
-    composition = Composition(pipe, loras, Settings.from_mapping(options, settings), on_step)
+    settings = Settings.from_mapping(options, settings)
+    if settings.pool:
+        raise SettingsError("LoRAtorio: there are no names to choose a pool from; load its LoRAs and list them, too")
+    composition = Composition(pipe, loras, settings, on_step)
     if not loras:
         yield composition
         return

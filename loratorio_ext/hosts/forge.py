@@ -22,12 +22,23 @@ from loratorio_ext.errors import UnsupportedError
 from loratorio_ext.generation import Generation
 from loratorio_ext.hosts.forge_backends import Backend, backend_of
 from loratorio_ext.hosts.forge_patches import Patches, branches, joined
-from loratorio_ext.hosts.webui import asked_loras, encode, lora_extension, plan_step, prompts_of_pass, tell_of_loras
-from loratorio_ext.isolation import BatchedCalls, Isolation
+from loratorio_ext.hosts.webui import (
+    asked_loras,
+    encode,
+    leave_out,
+    lora_extension,
+    plan_step,
+    pool_of,
+    prompts_of_pass,
+    tell_of_loras,
+    tell_of_none,
+)
+from loratorio_ext.isolation import ROWS_OF_A_POOL, BatchedCalls, Isolation, in_main_memory
 
 logger = logging.getLogger("loratorio")
 
 LABEL = "loratorio_label"
+ROOM_FOR_A_POOL = 2**30
 REGIONAL = ("area", "mask", "timestep_start", "timestep_end")
 
 
@@ -36,12 +47,13 @@ REGIONAL = ("area", "mask", "timestep_start", "timestep_end")
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA of the prompt: its file and multipliers."""
+    """A LoRA of the prompt, or of the pool: its file and multipliers."""
 
     name: str
     file: str
     unet: float
     text: float
+    pooled: bool = False
 
 
 def on_disk(networks: ModuleType, name: str) -> Any:
@@ -66,6 +78,12 @@ def active_loras(p: Any, networks: ModuleType) -> list[Lora]:
     return found
 
 
+def pooled_loras(generation: Generation, active: Sequence[Lora]) -> list[Lora]:
+    """The pool's LoRAs beside those of the prompt."""
+    members = pool_of(generation, [lora.file for lora in active])
+    return [Lora(each.lora.name, each.lora.file, each.unet, each.text, pooled=True) for each in members]
+
+
 class LoadedLora:
     """A LoRA's patches of the UNet, and a text encoder (None: it does not change the host's) that has it alone."""
 
@@ -75,7 +93,7 @@ class LoadedLora:
         unet, clip = networks.load_lora_for_models(
             original.unet, original.clip, weights, lora.unet, lora.text, filename=lora.file
         )
-        self.name = lora.name
+        self.name, self.pooled = lora.name, lora.pooled
         self.patches = backend.patches(unet, original.unet)
         text_patches = backend.patches(clip.patcher, original.clip.patcher)
         self.clip = clip if text_patches and lora.text != 0 else None
@@ -185,7 +203,7 @@ class ForgeSampling:
         self.texts = generation.once(("texts", *key, *prompts_of_pass(self.p)), lambda: self.encode(model))
         self.key = ("isolation", *key)
         self.backend.strip(unet, model.forge_objects_after_applying_lora.unet, model.forge_objects_original.unet)
-        unet.add_extra_preserved_memory_during_sampling(sum(os.path.getsize(lora.file) for lora in loras))
+        unet.add_extra_preserved_memory_during_sampling(room_for(loras))
         self.undo = self.replace_evaluation(unet)
         model.forge_objects.unet = unet
 
@@ -206,10 +224,22 @@ class ForgeSampling:
         return self.backend.replace_evaluation(unet, evaluation)
 
     def load(self, model: Any, networks: ModuleType, loras: list[Lora]) -> list[LoadedLora]:
-        loaded = [LoadedLora(lora, model, networks, self.backend) for lora in loras]
-        for lora in loaded:
-            if not lora.fits:
+        loaded = []
+        for lora in loras:
+            try:
+                each = LoadedLora(lora, model, networks, self.backend)
+            except Exception as error:  # whatever a file may hold
+                if not lora.pooled:
+                    raise
+                logger.warning("%s cannot be read: %s", lora.file, error, exc_info=True)
+                leave_out(self.generation, lora.name, f"its file cannot be read ({type(error).__name__})")
+                continue
+            if not each.fits and lora.pooled:
+                leave_out(self.generation, lora.name, "made for another model, it has none of this one's layers")
+                continue
+            if not each.fits:
                 self.generation.note(f"{lora.name} has no layer of this model")
+            loaded.append(each)
         return loaded
 
     def encode(self, model: Any) -> list[tuple[Any, Any]]:
@@ -225,34 +255,50 @@ class ForgeSampling:
                     texts.append(encode(self.p))
         return [*texts, base]
 
-    def isolate(self, model: Any) -> tuple[Isolation, BatchedCalls]:
-        """Branches for the model as it is now, with the prompt's LoRAs taken from its weights."""
+    def isolate(self, model: Any, images: int) -> tuple[list[int], Isolation, BatchedCalls]:
+        """Who takes part (a LoRA of the pool that does not fit is left out), and the branches of these for the model as
+        it is now, with the prompt's LoRAs taken from its weights."""
 
-        def made(name: str, store: Patches) -> Any:
+        def made(name: str, store: Patches, pooled: bool = False) -> Any:
             fitting, misfits = branches(model, store, self.backend.dense, self.backend.merge)
             for parameter, error in misfits.items():
                 logger.warning("%s does not fit %s: %s", name, parameter, error)
+            if misfits and pooled:
+                leave_out(self.generation, name, f"made for another model, {len(misfits)} layers have other shapes")
+                return None
             if misfits:
                 self.generation.note(f"{name} does not fit {len(misfits)} layers of this model")
-            return fitting
+            return {name: in_main_memory(branch) for name, branch in fitting.items()} if pooled else fitting
 
-        alone = [made(lora.name, lora.patches) for lora in self.loras]
+        alone = [made(lora.name, lora.patches, lora.pooled) for lora in self.loras]
+        members = [index for index, fitting in enumerate(alone) if fitting is not None]
+        if not members:
+            tell_of_none(self.generation)
         settings = self.generation.settings
         windowed = settings.start > 0 or settings.end < 1
-        merged = made("the sum of LoRAs", joined([lora.patches for lora in self.loras])) if windowed else {}
-        by_index = [*alone, merged, {}]  # so that Plan.MERGED and Plan.BASE are indices like any other
+        of_the_prompt = [lora.patches for lora in self.loras if not lora.pooled]
+        merged = made("the sum of LoRAs", joined(of_the_prompt)) if windowed else {}
+        # So that Plan.MERGED and Plan.BASE are indices like any other:
+        by_index = [*(alone[index] for index in members), merged, {}]
         names = {name for each in by_index for name in each}
         isolation = Isolation({name: model.get_submodule(name.rpartition(".")[0]) for name in names}, by_index)
-        return isolation, BatchedCalls(isolation.forget)
+        limit = max(1, ROWS_OF_A_POOL // images) if settings.pool else None
+        return members, isolation, BatchedCalls(isolation.forget, limit)
 
     def compose(self, step: HostStep) -> tuple[Tensor, Tensor | None]:
         """The step's conditional and unconditional x0, ``[B, C, H, W]`` each."""
         if any(key in entry for entry in step.entries for key in REGIONAL):
             raise UnsupportedError("LoRAtorio: conditions for a region or a part of the steps are not supported")
         # Not before the first model call: only then has the host taken its own LoRAs from the weights.
-        self.isolation, self.calls = self.generation.once(self.key, lambda: self.isolate(step.model))
+        members, self.isolation, self.calls = self.generation.once(
+            self.key, lambda: self.isolate(step.model, len(step.x))
+        )
+        self.names = [self.loras[index].name for index in members]
+        self.texts_of = [*(self.texts[index] for index in members), self.texts[Plan.BASE]]
         denoiser = self.p.sampler.model_wrap_cfg
-        plan = plan_step(self.generation, self.method, denoiser, len(self.loras))
+        plan = Plan(host=Plan.MERGED)
+        if members:
+            plan = plan_step(self.generation, self.method, denoiser, len(members))
         composed = self.predict(step, plan, denoiser.step)
         return step.of_images(composed.cond), composed.uncond
 
@@ -280,13 +326,15 @@ class ForgeSampling:
             image_of_row=tuple(range(len(step.x))) * parts,
             gain=-step.sigma[0],
         )
-        return self.method.combine(predictions)
+        composed = self.method.combine(predictions)
+        self.generation.record(self.names, composed.weights, predictions.image_of_row)
+        return composed
 
     def entry(self, step: HostStep, number: int, lora: int, index: int) -> dict:
         """One of the host's entries with the text that this LoRA's encoder makes of it."""
         if lora == Plan.MERGED:
             return step.entries[index]
-        return with_text(step.entries[index], text_at_step(self.texts[lora], number)[index])
+        return with_text(step.entries[index], text_at_step(self.texts_of[lora], number)[index])
 
     def evaluate(self, step: HostStep, number: int, chunks: Sequence[tuple[int, int]]) -> Tensor:
         """``[len(chunks), B, C, H, W]``: x0 of each chunk, which is a LoRA and one of the host's entries."""
@@ -322,6 +370,18 @@ class ForgeSampling:
 # --- entering ---------------------------------------------------------------------------------------------------------
 
 
+def room_for(loras: Sequence[Lora]) -> int:
+    """Bytes to ask the host to keep free for the LoRAs' matrices; a pool's are only partly there at any time.
+
+    The host takes files that it cannot read out of the way.
+    """
+    of_the_prompt, of_the_pool = (
+        sum(os.path.getsize(lora.file) for lora in loras if lora.pooled is pooled and os.path.exists(lora.file))
+        for pooled in (False, True)
+    )
+    return of_the_prompt + min(of_the_pool, ROOM_FOR_A_POOL)
+
+
 def check_supported(p: Any) -> None:
     """Raises `UnsupportedError` for what cannot be composed here."""
     if getattr(shared.opts, "dynamic_clip_skip_enabled", False):
@@ -345,10 +405,12 @@ def open_sampling(generation: Generation) -> ForgeSampling | None:
     networks = lora_extension()
     active = active_loras(generation.p, networks)
     tell_of_loras(generation, [lora.name for lora in active])
-    if not active:
+    loras = [*active, *pooled_loras(generation, active)]
+    if not loras:
+        tell_of_none(generation)
         return None
     tell_of_the_pass(generation)
-    return ForgeSampling(generation, networks, list({lora.file: lora for lora in active}.values()))
+    return ForgeSampling(generation, networks, list({lora.file: lora for lora in loras}.values()))
 
 
 def begin(p: Any, args: Sequence[Any]) -> None:

@@ -62,8 +62,23 @@ def low_rank(patches: Sequence[Sequence[Any]], shape: torch.Size) -> LowRank | N
     return LowRank(torch.cat([down.to(downs[0]) for down in downs]), torch.cat(ups, dim=1), 1.0)
 
 
+def check_size(patches: Sequence[Sequence[Any]], shape: torch.Size) -> None:
+    """Raises ValueError for matrices whose product cannot be a change of a weight of this shape.
+
+    Some hosts only log that they cannot merge such a patch, and leave the weight as it is.
+    """
+    for _, value, _, offset, _ in patches:
+        found = matrices(value)
+        if found is None or offset is not None or found[3] is not None:
+            continue
+        up, down = found[:2]
+        if len(up) * down[0].numel() != shape.numel():
+            raise ValueError(f"it is for a layer of {len(up)} x {down[0].numel()}, this one has {tuple(shape)}")
+
+
 def delta(patches: Sequence[Sequence[Any]], weight: Tensor, name: str, merge: Merge) -> Tensor:
     """What merging would add to the weight; raises where the host would fail, too."""
+    check_size(patches, weight.shape)
     exact = weight.float()
     change = merge(list(patches), exact, name) - exact
     if change.shape != exact.shape:

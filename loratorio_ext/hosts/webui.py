@@ -1,16 +1,18 @@
 """What every Stable Diffusion WebUI has alike: its registry of LoRAs, its prompts, its count of steps."""
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
 from types import ModuleType
 from typing import Any
 
-from modules import extra_networks, processing
+from modules import extra_networks, processing, shared
 
 from loratorio_ext.core import Method, Plan
-from loratorio_ext.errors import UnsupportedError
+from loratorio_ext.errors import SettingsError, UnsupportedError
 from loratorio_ext.generation import Generation
+from loratorio_ext.pool import Listed, Member, path_below, resolve
 
 
 def lora_extension() -> ModuleType:
@@ -20,6 +22,44 @@ def lora_extension() -> ModuleType:
     if networks is None:
         raise UnsupportedError("LoRAtorio: the WebUI's built-in Lora extension is needed, and it is disabled")
     return networks
+
+
+def listed_loras() -> list[Listed]:
+    """Every LoRA that the host lists, sorted by path."""
+    networks = lora_extension()
+    folder = os.path.abspath(shared.cmd_opts.lora_dir)
+    listed = []
+    for name, entry in list(networks.available_networks.items()):
+        path = path_below(os.path.abspath(entry.filename), folder)
+        ambiguous = entry.alias.lower() in networks.forbidden_network_aliases
+        listed.append(Listed(name, entry.filename, path, "" if ambiguous else entry.alias, entry.metadata))
+    return sorted(listed, key=lambda lora: lora.path)
+
+
+def list_anew() -> None:
+    """Let the host look through its LoRA folders again."""
+    lora_extension().list_available_networks()
+
+
+def pool_of(generation: Generation, taken: Iterable[str]) -> list[Member]:
+    """The LoRAs of the pool whose files are not ``taken`` already; raises `SettingsError` for what there is not.
+
+    Like the host with the names in a prompt, it looks through the folders once more before it gives up.
+    """
+    settings, taken = generation.settings, set(taken)
+    if not settings.pool:
+        return []
+    try:
+        members = resolve(settings.pool, listed_loras(), settings.pool_weight)
+    except SettingsError:
+        list_anew()
+        members = resolve(settings.pool, listed_loras(), settings.pool_weight)
+    return [member for member in members if member.lora.file not in taken]
+
+
+def leave_out(generation: Generation, name: str, why: str) -> None:
+    """Say that a LoRA of the pool takes no part."""
+    generation.note(f"{name} is left out of the pool: {why}")
 
 
 def asked_loras(p: Any) -> list[Any]:
@@ -36,8 +76,11 @@ def tell_of_loras(generation: Generation, loaded: Sequence[str]) -> None:
         generation.note(f"composed without {', '.join(missing)}: not found, or it failed to load")
     if len(set(loaded)) < len(loaded):
         generation.note("a LoRA named more than once takes part once, at its last multiplier")
-    if not loaded:
-        generation.note("no LoRA is active, so there is nothing to compose")
+
+
+def tell_of_none(generation: Generation) -> None:
+    """Note that neither prompt nor pool has a LoRA to compose."""
+    generation.note("no LoRA is active, so there is nothing to compose")
 
 
 def prompts_of_pass(p: Any) -> tuple:

@@ -11,6 +11,9 @@ from loratorio_ext.isolation.rows import Isolation
 
 logger = logging.getLogger("loratorio")
 
+ROWS_OF_A_POOL = 16
+"""At most so many rows of a pool of LoRAs run in one batch: more is no faster, and there may be many of them."""
+
 Batch = tuple[Sequence[int], slice]
 """LoRAs (positions in the group) and the rows of each that one model call holds."""
 

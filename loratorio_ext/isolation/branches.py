@@ -8,7 +8,7 @@ equally many each (``R``), and segment ``j`` of it belongs to the group's ``j``-
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Union
 
 import torch
@@ -42,6 +42,17 @@ class Delta:
 Branch = Union[LowRank, Delta]
 
 
+def in_main_memory(branch: Branch) -> Branch:
+    """The branch with its tensors on the CPU, for one of many that shall only come to the device batch by batch."""
+    tensors = {name: value.cpu() for name, value in vars(branch).items() if isinstance(value, Tensor)}
+    return replace(branch, **tensors)
+
+
+def nbytes(*tensors: Tensor | None) -> int:
+    """The memory that tensors take."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+
 class LinearBranches:
     """Low-rank branches of a Linear layer for a group of LoRAs: two batched products over stacked matrices.
 
@@ -66,6 +77,7 @@ class LinearBranches:
         order = list(distinct)
         self.stacked = [order.index(id(branch)) for branch in branches]
         self.positions, self.group_size = positions, group_size
+        self.nbytes = nbytes(self.down, self.up)
 
     def apply(self, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
         """``x [k * R, ..., in]``, ``out [k * R, ..., out]``; returns ``out`` with the branches added."""
@@ -104,6 +116,7 @@ class ConvBranches:
             for position, branch in zip(positions, branches)
         ]
         self.group_size = group_size
+        self.nbytes = sum(nbytes(*tensors) for _, *tensors in self.parts)
 
     def apply(self, layer: nn.Conv2d, x: Tensor, out: Tensor) -> Tensor:
         """``x [k * R, in, H, W]``, ``out [k * R, out, H', W']``; returns ``out`` with the branches added."""
@@ -144,6 +157,7 @@ class DeltaBranches:
 
         self.parts = [(position, *full(branch)) for position, branch in zip(positions, branches)]
         self.group_size = group_size
+        self.nbytes = sum(nbytes(*tensors) for _, *tensors in self.parts)
 
     def apply(self, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
         """``x [k * R, ...]``, ``out [k * R, ...]``; returns ``out`` with the branches added."""

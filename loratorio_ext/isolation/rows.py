@@ -1,6 +1,7 @@
 """Which rows of a batch belong to which LoRA, and the hooks that give each row its own."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -8,20 +9,71 @@ from torch import Tensor, nn
 
 from loratorio_ext.isolation.branches import Branch, stack
 
+BUDGET_ELSEWHERE = 2**32
+"""Bytes for stacked matrices where the device does not tell how much memory it has: 4 GiB."""
+
+
+def memory_budget(device: torch.device) -> int:
+    """Bytes that stacked matrices may take on a device: on CUDA, half of what is free now."""
+    if device.type != "cuda":
+        return BUDGET_ELSEWHERE
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return (free + unused) // 2
+
+
+class Stacks:
+    """What was stacked for layers and groups, the least recently used given up where it would take more than ``budget``
+    bytes (None: what `memory_budget` says, asked when the first is kept)."""
+
+    def __init__(self, budget: int | None = None):
+        self._asked = self.budget = budget
+        self.nbytes = 0
+        self._kept: OrderedDict[tuple, tuple[list, int]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def clear(self) -> None:
+        self._kept.clear()
+        self.nbytes, self.budget = 0, self._asked
+
+    def get(self, key: tuple) -> list | None:
+        if key not in self._kept:
+            return None
+        self._kept.move_to_end(key)
+        return self._kept[key][0]
+
+    def keep(self, key: tuple, ready: list, device: torch.device) -> None:
+        """Keep what fits into the budget by itself, and make room for it."""
+        size = sum(each.nbytes for each in ready)
+        if self.budget is None:
+            self.budget = memory_budget(device)
+        if size > self.budget:
+            return
+        while self.nbytes + size > self.budget:
+            _, (_, given_up) = self._kept.popitem(last=False)
+            self.nbytes -= given_up
+        self._kept[key] = (ready, size)
+        self.nbytes += size
+
 
 class Isolation:
     """LoRAs that can act row by row on a model that itself holds none of them.
 
     ``layers``: the model's layers by name; ``loras``: for each LoRA its branches by layer name. Nothing is hooked
     until `rows` is entered, and nothing stays hooked after it is left. Stacked matrices are made once for a group of
-    LoRAs and kept until `forget`.
+    LoRAs and kept until `forget`, or until they would take more memory than ``budget`` bytes (see `Stacks`): then they
+    are made again when they are needed.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], loras: Sequence[Mapping[str, Branch]]):
+    def __init__(
+        self, layers: Mapping[str, nn.Module], loras: Sequence[Mapping[str, Branch]], budget: int | None = None
+    ):
         self.loras = loras
         touched = dict.fromkeys(name for lora in loras for name in lora)
         self.layers = {name: layers[name] for name in touched}
-        self._stacks: dict[tuple, list] = {}
+        self._stacks = Stacks(budget)
 
     def forget(self) -> None:
         """Free the stacked matrices, for a new split of the LoRAs into groups."""
@@ -42,10 +94,10 @@ class Isolation:
                 handle.remove()
 
     @contextmanager
-    def merged(self) -> Iterator[None]:
-        """While entered, all LoRAs act on every row together, as if their weights were summed."""
+    def merged(self, members: Iterable[int] | None = None) -> Iterator[None]:
+        """While entered, LoRAs (None: all) act on every row together, as if their weights were summed."""
         with ExitStack() as stack:
-            for index in range(len(self.loras)):
+            for index in range(len(self.loras)) if members is None else members:
                 stack.enter_context(self.rows([index]))
             yield
 
@@ -56,7 +108,8 @@ class Isolation:
             key = (name, group, out.device, out.dtype)
             ready = self._stacks.get(key)
             if ready is None:
-                ready = self._stacks[key] = stack(layer, [self.loras[index].get(name) for index in group], out)
+                ready = stack(layer, [self.loras[index].get(name) for index in group], out)
+                self._stacks.keep(key, ready, out.device)
             with torch.no_grad():
                 for branches in ready:
                     out = branches.apply(layer, args[0], out)

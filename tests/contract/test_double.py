@@ -1,9 +1,12 @@
 """The double itself: a host that composes as its reference script does, and that is left as it was found."""
 
+import json
 import sys
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.contract.double import Double, RequestError
 from tests.contract.rows import Contract
@@ -209,3 +212,64 @@ def test_batches_share_what_was_prepared(webui, monkeypatch, edit, encodings):
     monkeypatch.setattr(processing, "parse_extra_network_prompts", vary)
     webui.txt2img(prompt=TWO, n_iter=2, alwayson_scripts={"LoRAtorio": {"args": [True]}})
     assert len(seen) == encodings
+
+
+def test_the_pools_menu(webui):
+    """Folders and LoRAs that the host lists, and after the button is pressed those that came since."""
+    ui = webui.module("loratorio_ext.ui")
+    assert ui.pool_choices() == sorted(recipe.name for recipe in CATALOGUE)
+    folder = webui.data / "models" / "Lora" / "styles"
+    folder.mkdir()
+    tags = {"ss_tag_frequency": json.dumps({"10_x": {"oil <b>": 3}}), "ss_output_name": "oil"}
+    save_file(load_file(folder.parent / "lora.safetensors"), folder / "oil.safetensors", metadata=tags)
+    try:
+        webui.module("loratorio_ext.hosts.webui").list_anew()
+        assert ui.pool_choices()[0] == "styles/*" and "styles/oil" in ui.pool_choices()
+        assert "<b>oil</b>: oil &lt;b&gt;" in ui.words_of(["styles/*", "lora"])
+        assert ui.words_of([]) == ui.words_of(None) == ui.words_of(["lora"]) == ""
+        assert "did you mean oil?" in ui.words_of(["oyl"])
+        assert "&lt;script&gt;" in ui.words_of(["<script>"])
+    finally:
+        (folder / "oil.safetensors").unlink()
+        folder.rmdir()
+        webui.module("networks").list_available_networks()
+
+
+def test_a_pool_typed_by_hand_and_presets(webui):
+    ui, gradio = webui.module("loratorio_ext.ui"), webui.module("gradio")
+    settings = webui.module("loratorio_ext.settings")
+    pool, (_, line, _) = ui.pool_inputs(settings.OPTION["pool"], "pool")
+    add = line.listeners["submit"]
+    assert add(" lora:0.8 ", None)[0]["value"] == ["lora:0.8"]
+    update, emptied = add("rank*", ["lora", "rank*"])
+    assert update["value"] == ["lora", "rank*"] and emptied == ""
+    assert {"lora", "rank*"} <= set(update["choices"])
+    assert add("  ", ["lora"])[0]["value"] == ["lora"]
+
+    components, _ = ui.build_ui("txt2img")
+    by_name = dict(zip(settings.OPTION, components))
+    assert isinstance(by_name["pool"], gradio.Dropdown) and by_name["pool"].value == []
+    assert isinstance(by_name["show_maps"], gradio.Checkbox)
+    assert settings.Settings.from_args([component.value for component in components]) == settings.Settings()
+
+
+def test_embeddings_in_a_pools_files_are_known_to_their_own_lora_alone(webui, plain):
+    folder = webui.data / "models" / "Lora"
+    lora = load_file(folder / "unet_only.safetensors")
+    width = next(value.shape[1] for key, value in load_file(folder / "lora.safetensors").items()
+                 if key.startswith("lora_te") and "down" in key)  # fmt: skip
+    vectors = torch.randn(2, width, generator=torch.Generator().manual_seed(4))
+    save_file(lora | {"bundle_emb.zorp.string_to_param.*": vectors}, folder / "bundled.safetensors")
+    try:
+        contract = Contract(webui, "double")
+        before = contract.plain(prompt="a zorp")
+        by_pool = contract.composed({"pool": ["bundled", "locon"]}, prompt="a zorp")
+        assert difference(before, contract.plain(prompt="a zorp")) == 0
+        assert webui.module("modules.sd_hijack").model_hijack.embedding_db.word_embeddings == {}
+        by_prompt = contract.composed(prompt="a zorp <lora:bundled:1> <lora:locon:1>")
+        assert difference(by_pool, by_prompt) <= 1
+        assert difference(by_pool, contract.composed({"pool": ["unet_only", "locon"]}, prompt="a zorp")) > 2
+    finally:
+        webui.txt2img(prompt=PROMPT)
+        (folder / "bundled.safetensors").unlink()
+        webui.module("networks").list_available_networks()

@@ -80,6 +80,40 @@ def test_embedding_that_makes_the_prompt_longer(contract):
     contract.assert_composes(prompt="a quux on a hill <lora:bundled_long:1> <lora:locon:0.8> <lora:unet_only:1>")
 
 
+def test_embeddings_of_a_pool(contract):
+    """Known to their own LoRA alone, though the host has never heard of them, and to nobody afterwards."""
+    before = contract.plain(prompt="a zorp and a quux on a hill")
+    pool = {"pool": ["bundled", "bundled_long:0.8", "locon:0.8"]}
+    contract.assert_composes(pool, prompt="a zorp and a quux on a hill")
+    assert largest(before.images, contract.plain(prompt="a zorp and a quux on a hill").images) == 0
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        {"refiner_checkpoint": "second", "refiner_switch_at": 0.5},
+        {**HIRES, "hr_checkpoint_name": "second.safetensors"},
+    ],
+    ids=["refiner", "checkpoint of its own for hires"],
+)
+def test_a_pool_and_another_checkpoint(contract, payload):
+    contract.assert_composes({"pool": ["unet_only", "locon:0.8", "rank_1"]}, prompt="a cat", **payload)
+
+
+def test_xyz_plot_with_a_pool(contract):
+    """Cells are composed by themselves; what was picked is said of each, and the steps' data are in no text."""
+    arguments = [4, "3,5", [], 0, "", [], 0, "", [], False, True, False, False, False, False, False, 0, False]
+    options = {"enabled": True, "pool": ["unet_only", "locon:0.8", "rank_1"], "top_k": 1}
+    scripts = {"LoRAtorio": {"args": [options]}}
+    plot = contract.generate({"prompt": "a cat", "script_name": "x/y/z plot", "script_args": arguments}, scripts)
+    cells = [contract.composed(options, prompt="a cat", steps=steps) for steps in (3, 5)]
+    assert largest(plot.images[1:], [cell.images[0] for cell in cells]) == 0
+    for infotext, cell in zip(plot.info["infotexts"][1:], cells):
+        assert "LoRAtorio steps" not in infotext
+        picked = re.search(r"LoRAtorio picked: ([^,]*)", infotext)[1]
+        assert picked in cell.infotext
+
+
 def test_xyz_plot(contract):
     """Every cell is composed by itself, from copies of one request."""
     arguments = [4, "3,5", [], 0, "", [], 0, "", [], False, True, False, False, False, False, False, 0, False]

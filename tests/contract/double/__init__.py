@@ -141,11 +141,13 @@ class Double:
     def _write_files(self, model: Any) -> None:
         """The checkpoint, and the LoRA files that the live kit makes for it."""
         networks = self.module("networks")
-        networks.folder = self.data / "models" / "Lora"
+        folder = self.data / "models" / "Lora"
+        self.module("modules.shared").cmd_opts.lora_dir = str(folder)
         checkpoint = self.data / "models" / "Stable-diffusion" / f"tiny-{self.family}.safetensors"
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         save_file(model.state_dict(), checkpoint)
-        write_catalogue(checkpoint, networks.folder)
+        write_catalogue(checkpoint, folder)
+        networks.list_available_networks()
 
         own_names = (("diffusion_model", "lora_unet"), ("diffusion_model", "oft_unet"))
         own_names += (("0_transformer", "lora_te1"), ("transformer", "lora_te"))

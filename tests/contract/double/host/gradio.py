@@ -16,6 +16,9 @@ class Component:
     def change(self, fn: Callable, inputs=None, outputs=None, **options) -> None:
         self.listeners["change"] = fn
 
+    def submit(self, fn: Callable, inputs=None, outputs=None, **options) -> None:
+        self.listeners["submit"] = fn
+
     def input(self, fn: Callable, inputs=None, outputs=None, **options) -> None:
         self.listeners["input"] = fn
 
@@ -23,7 +26,13 @@ class Component:
 class Checkbox(Component): ...
 
 
-class Dropdown(Component): ...
+class Dropdown(Component):
+    """In gradio 3.41, one of several choices cannot be the user's own."""
+
+    def __init__(self, *args, multiselect: bool = False, allow_custom_value: bool = False, **properties):
+        if multiselect and allow_custom_value:
+            raise ValueError("Custom values are not supported when `multiselect` is True.")
+        super().__init__(*args, **properties)
 
 
 class HTML(Component): ...
@@ -41,12 +50,18 @@ class Radio(Component): ...
 class Slider(Component): ...
 
 
+class Textbox(Component): ...
+
+
 class Group:
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
         pass
+
+
+class Row(Group): ...
 
 
 def update(**properties) -> dict[str, Any]:

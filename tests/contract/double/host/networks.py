@@ -1,6 +1,7 @@
 """The host's LoRAs: modules by layer, read from files, and layers whose weights hold what the list asks for."""
 
 import hashlib
+import json
 import logging
 from functools import lru_cache
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from modules import errors, shared
 from modules.sd_hijack import Embedding, model_hijack
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,8 +20,9 @@ networks_in_memory: dict[str, "Network"] = {}
 failures: dict[str, int] = {}
 """how many layers a LoRA did not fit, by its name"""
 
-folder = Path()
-"""where the files are"""
+available_networks: dict[str, "NetworkOnDisk"] = {}
+available_network_aliases: dict[str, "NetworkOnDisk"] = {}
+forbidden_network_aliases: dict[str, int] = {}
 
 layer_of_key: dict[str, str] = {}
 """the names of layers that have another name in LoRA files"""
@@ -29,16 +32,49 @@ layer_of_key: dict[str, str] = {}
 
 
 @lru_cache(maxsize=64)
-def read(path: Path, changed: int) -> tuple[dict[str, Tensor], str]:
-    """A file's tensors and its hash. The host reads it again each time; here only what is made of it is made anew."""
-    return load_file(path), hashlib.sha256(path.read_bytes()).hexdigest()
+def read(path: Path, changed: int) -> dict[str, Tensor]:
+    """A file's tensors. The host reads it again each time; here only what is made of it is made anew."""
+    return load_file(path)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What a file says of itself; values that are JSON are taken apart."""
+    try:
+        with safe_open(path, framework="pt") as opened:
+            found = opened.metadata() or {}
+    except Exception as error:
+        errors.display(error, f"reading lora {path}")
+        return {}
+    return {key: json.loads(value) if value[:1] == "{" else value for key, value in found.items()}
 
 
 class NetworkOnDisk:
-    def __init__(self, name: str, path: Path):
-        self.name, self.filename = name, str(path)
-        self.weights, self.hash = read(path, path.stat().st_mtime_ns)
-        self.shorthash = self.hash[:12]
+    def __init__(self, name: str, filename: str):
+        self.name, self.filename = name, filename
+        self.metadata = read_metadata(Path(filename))
+        self.alias = self.metadata.get("ss_output_name", name)
+
+    @property
+    def shorthash(self) -> str:
+        return hashlib.sha256(Path(self.filename).read_bytes()).hexdigest()[:12]
+
+
+def list_available_networks() -> None:
+    """Look for files, in folders below as well; of two of a name the later one is known."""
+    for known in (available_networks, available_network_aliases, forbidden_network_aliases):
+        known.clear()
+    for path in sorted(Path(shared.cmd_opts.lora_dir).rglob("*.safetensors")):
+        entry = NetworkOnDisk(path.stem, str(path))
+        available_networks[entry.name] = entry
+        if entry.alias in available_network_aliases:
+            forbidden_network_aliases[entry.alias.lower()] = 1
+        available_network_aliases[entry.name] = available_network_aliases[entry.alias] = entry
+
+
+def on_disk(name: str) -> NetworkOnDisk | None:
+    """The file that a prompt's name means."""
+    known = available_networks if name.lower() in forbidden_network_aliases else available_network_aliases
+    return known.get(name)
 
 
 class Network:
@@ -53,12 +89,13 @@ class Network:
         self.bundle_embeddings: dict[str, Embedding] = {}
 
 
-def load_network(name: str, path: Path) -> Network:
+def load_network(name: str, network_on_disk: NetworkOnDisk) -> Network:
     """Read a file; raises AssertionError if a layer's tensors are of no kind known here."""
-    network = Network(name, NetworkOnDisk(name, path))
+    network = Network(name, network_on_disk)
+    path = Path(network_on_disk.filename)
     mapping = shared.sd_model.network_layer_mapping
     weights: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in network.network_on_disk.weights.items():
+    for key, tensor in read(path, path.stat().st_mtime_ns).items():
         layer, _, part = key.partition(".")
         if layer == "bundle_emb":
             embedding = part.split(".")[0]
@@ -88,12 +125,14 @@ def load_networks(names: list[str], te_multipliers=None, unet_multipliers=None, 
     loaded_networks.clear()
     missing = []
     for i, name in enumerate(names):
-        path = folder / f"{name}.safetensors"
-        if name not in known and path.exists():
+        if on_disk(name) is None:
+            list_available_networks()
+        entry = on_disk(name)
+        if name not in known and entry is not None:
             try:
-                known[name] = networks_in_memory[name] = load_network(name, path)
+                known[name] = networks_in_memory[name] = load_network(name, entry)
             except Exception as error:
-                errors.display(error, f"loading network {path}")
+                errors.display(error, f"loading network {entry.filename}")
                 continue
         if name not in known:
             missing.append(name)

@@ -6,6 +6,7 @@ Its one argument is a dict of all of LoRAtorio's options, or None to do nothing.
 """
 
 import ast
+import fnmatch
 import importlib.util
 import sys
 import uuid
@@ -24,9 +25,27 @@ spec.loader.exec_module(oracle)
 FORGE = importlib.util.find_spec("backend") is not None
 
 
+def host_networks():
+    return sys.modules[type(extra_networks.extra_network_registry["lora"]).__module__].networks
+
+
+def pool(options, active):
+    """The pool's LoRAs that are not active, as `load` takes them. Entries are ``pattern`` and ``pattern:weight``."""
+    found = {}
+    available = host_networks().available_networks
+    for entry in options["pool"]:
+        pattern, _, weight = entry.partition(":")
+        for name in sorted(available):
+            file = available[name].filename
+            if fnmatch.fnmatchcase(name, pattern) and file not in active:
+                text, *unet = [float(each) for each in weight.split(":")] if weight else [options["pool_weight"]]
+                found[file] = (file, unet[0] if unet else text, text)
+    return found
+
+
 def load(model, file, unet_strength, text_strength):
     """Patchers of the UNet and the text encoders that hold this LoRA and nothing else."""
-    networks = sys.modules[type(extra_networks.extra_network_registry["lora"]).__module__].networks
+    networks = host_networks()
     original, weights = model.forge_objects_original, networks.load_lora_state_dict(file)
     return networks.load_lora_for_models(
         original.unet, original.clip, weights, unet_strength, text_strength, filename=file
@@ -117,8 +136,10 @@ class Run:
     def __init__(self, p, options, conds):
         self.p, self.options, self.conds = p, options, conds
         self.reuse = oracle.Reuse(options["refresh"], options["warmup"])
+        self.selection = oracle.Selection(options["reselect_every"])
         model = p.sd_model
         active = {file: (file, *numbers[:2]) for file, *numbers in ast.literal_eval(model.current_lora_hash)}
+        active |= pool(options, active)
         original = model.forge_objects_original
         loaded = [load(model, *lora) for lora in active.values()]
         self.patches = [patches_of(unet) for unet, _ in loaded]
@@ -189,7 +210,9 @@ class Run:
         if self.options["refresh"]:
             eps, unconds = self.reuse(eps, eps_base, unconds, base_uncond, -sigma[0])
             conds = base_cond - sigma[0] * (eps - eps_base)
-        cond, uncond, _ = oracle.loratorio(eps, eps_base, conds, unconds, base_uncond, image_of_row, self.options)
+        mask = None if self.options["refresh"] else self.selection(eps, eps_base, self.options)
+        step = (eps, eps_base, conds, unconds, base_uncond)
+        cond, uncond, _ = oracle.loratorio(*step, image_of_row, self.options, mask)
         return layout, cond, uncond
 
 
@@ -229,7 +252,9 @@ class ReferenceScript(scripts.Script):
 
     def process_before_every_sampling(self, p, options, **kwargs):
         model = p.sd_model
-        if options is None or options["method"] == "merge" or not ast.literal_eval(model.current_lora_hash):
+        if options is None or options["method"] == "merge":
+            return
+        if not ast.literal_eval(model.current_lora_hash) and not options["pool"]:
             return
         run = Run(p, options, (kwargs["c"], kwargs["uc"]))
         unet = without_loras(model.forge_objects.unet)

@@ -4,6 +4,7 @@ loaded by the host's own ``load_networks`` in every step, and the mathematics is
 Its one argument is a dict of all of LoRAtorio's options, or None to do nothing.
 """
 
+import fnmatch
 import importlib.util
 import sys
 from pathlib import Path
@@ -23,9 +24,11 @@ class Run:
     """What one sampling pass needs to know."""
 
     options = None
+    active = []
     loras = []
     texts = {}
     reuse = None
+    selection = None
     params = None
 
 
@@ -40,6 +43,18 @@ def load(loras):
     names, te, unet, dyn = zip(*loras) if loras else ((), (), (), ())
     with mock.patch.object(devices, "torch_gc"):  # a garbage collection in every step is most of the time
         networks().load_networks(list(names), list(te), list(unet), list(dyn))
+
+
+def pool(options, active):
+    """The pool's LoRAs that are not active, as `load` takes them. Entries are ``pattern`` and ``pattern:weight``."""
+    found = {}
+    for entry in options["pool"]:
+        pattern, _, weight = entry.partition(":")
+        for name in sorted(networks().available_networks):
+            if fnmatch.fnmatchcase(name, pattern) and name not in [each[0] for each in active]:
+                weights = [float(each) for each in weight.split(":")] if weight else [options["pool_weight"]]
+                found[name] = (name, weights[0], weights[-1], None)
+    return list(found.values())
 
 
 def encode(p):
@@ -124,7 +139,7 @@ def after_unet(result):
 
     base = predict(None)
     loras = [predict(lora) for lora in run.loras]
-    load(run.loras)
+    load(run.active)
 
     conds_list, base_cond, base_uncond = base
     conds = len(base_cond)
@@ -144,7 +159,9 @@ def after_unet(result):
         if options["refresh"]:
             eps, unconds_of = run.reuse(eps, eps_base, unconds_of, base_uncond, gain[0])
             conds_of = base_cond + gain * (eps - eps_base)
-        cond, uncond, _ = oracle.loratorio(eps, eps_base, conds_of, unconds_of, base_uncond, image_of_row, options)
+        mask = None if options["refresh"] else run.selection(eps, eps_base, options)
+        step = (eps, eps_base, conds_of, unconds_of, base_uncond)
+        cond, uncond, _ = oracle.loratorio(*step, image_of_row, options, mask)
     result.x[:conds] = torch.from_numpy(cond).to(result.x)
     if skip:
         uncond = np.stack([cond[rows[0][0]] for rows in conds_list])
@@ -170,15 +187,17 @@ class ReferenceScript(scripts.Script):
         if run.options is None:
             return
         active = {each.name: each for each in networks().loaded_networks}.values()
-        run.loras = [(each.name, each.te_multiplier, each.unet_multiplier, each.dyn_dim) for each in active]
+        run.active = [(each.name, each.te_multiplier, each.unet_multiplier, each.dyn_dim) for each in active]
+        run.loras = run.active + pool(options, run.active)
         if not run.loras:
             return
         run.reuse = oracle.Reuse(options["refresh"], options["warmup"])
+        run.selection = oracle.Selection(options["reselect_every"])
         run.texts = {}
         for lora in [None, *run.loras]:
             load([] if lora is None else [lora])
             run.texts[lora] = encode(p)
-        load(run.loras)
+        load(run.active)
 
     def postprocess(self, p, processed, options):
         run.options = run.params = None

@@ -370,6 +370,7 @@ class Processed:
 
     def __init__(self, p: StableDiffusionProcessing, images: list[Image.Image], infotexts: list[str]):
         self.images, self.infotexts = images, infotexts
+        self.index_of_first_image = 0
         self.comments = "".join(f"{comment}\n" for comment in p.comments)
         self.said = {
             "prompt": p.all_prompts[0],

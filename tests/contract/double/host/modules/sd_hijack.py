@@ -14,10 +14,15 @@ class Embedding:
     vectors: Tensor
     loaded: bool | None = None
 
+    @property
+    def shape(self) -> int:
+        return self.vectors.shape[-1]
+
 
 class EmbeddingDatabase:
     def __init__(self):
         self.word_embeddings: dict[str, Embedding] = {}
+        self.expected_shape = -1
 
     def register_embedding(self, embedding: Embedding, model: Any) -> None:
         self.register_embedding_by_name(embedding, model, embedding.name)

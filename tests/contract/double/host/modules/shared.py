@@ -1,5 +1,6 @@
 """Options, the state of the job under way, and the loaded model."""
 
+from types import SimpleNamespace
 from typing import Any
 
 DEFAULTS = {
@@ -67,6 +68,7 @@ class State:
         self.skipped = True
 
 
+cmd_opts = SimpleNamespace(lora_dir="")
 opts = Options()
 state = State()
 sd_model: Any = None
