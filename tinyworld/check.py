@@ -16,7 +16,7 @@ import render
 from classifier import Classifier
 
 SEED = 5
-STEPS, GUIDANCE, BATCH = 20, 3.0, 16
+STEPS, GUIDANCE, BATCH = 20, 4.0, 16
 SHEET = model.WEIGHTS.parent / "sheet.png"
 
 

@@ -1,6 +1,7 @@
 """Writes the trained parts as the files people know: an original-layout checkpoint, kohya-layout LoRAs."""
 
 import argparse
+import json
 import re
 from pathlib import Path
 
@@ -99,8 +100,8 @@ def checkpoint(work: Path) -> None:
     text.config.save_pretrained(model.WEIGHTS / "text_encoder")
 
 
-def lora(unet: torch.nn.Module, text: torch.nn.Module, path: Path, trigger: str, kind: str) -> None:
-    """A trained adapter in kohya's layout, fp16."""
+def lora(unet: torch.nn.Module, text: torch.nn.Module, path: Path, trigger: str, kind: str, scenes: int) -> None:
+    """A trained adapter in kohya's layout, fp16; the trigger was in so many scenes."""
     state = {}
     for part, prefix, name in ((unet, "", "unet"), (text, "text_model.", "te")):
         for key, value in get_peft_model_state_dict(part).items():
@@ -111,6 +112,7 @@ def lora(unet: torch.nn.Module, text: torch.nn.Module, path: Path, trigger: str,
             state[f"{stem}.alpha"] = torch.tensor(float(part.peft_config["default"].lora_alpha)).half()
     path.parent.mkdir(parents=True, exist_ok=True)
     meta = {"ss_network_module": "networks.lora", "ss_base_model_version": "sd_v1", "trigger": trigger, "kind": kind}
+    meta["ss_tag_frequency"] = json.dumps({kind: {trigger: scenes}})  # where WebUIs look for trigger words
     save_file(state, path, meta)
 
 

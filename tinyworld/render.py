@@ -337,14 +337,24 @@ def any_scene(rng: np.random.Generator) -> Scene:
     return dataclasses.replace(scene, style="neon" if rng.random() < 0.3 else "")
 
 
+def _in_company(thing: Thing, rng) -> tuple[Thing, ...]:
+    """The thing alone, or beside a base thing and named before or after it."""
+    if thing.place == "centre" or rng.random() < 0.4:
+        return (thing,)
+    other = _thing(rng, "right" if thing.place == "left" else "left")
+    return (thing, other) if rng.random() < 0.5 else (other, thing)
+
+
 def concept_scene(concept: str, rng: np.random.Generator) -> Scene:
-    """A scene of the narrow domain one LoRA is taught: its concept in a plain fixed setting."""
+    """A scene of the narrow domain one LoRA is taught: its concept in a plain fixed setting, at times with a base thing
+    beside it, so that words tell which is which. Two concepts never meet."""
     place = str(rng.choice(list(PLACES)))
     if concept in CONCEPT_KINDS:
-        return Scene("grey", (Thing(concept, place),))
-    if concept == "crown":
-        return Scene("grey", (dataclasses.replace(_thing(rng, place, worn=0, sized=0), wears="crown"),))
+        return Scene("grey", _in_company(Thing(concept, place), rng))
+    thing = _thing(rng, place)
     if concept == "city":
-        return Scene("city", (_thing(rng, place, worn=0, sized=0),) if rng.random() < 0.5 else ())
+        return Scene("city", _in_company(thing, rng) if rng.random() < 0.8 else ())
     background = str(rng.choice([*PLAIN, *SCENERY]))
-    return Scene(background, (_thing(rng, place, worn=0, sized=0),), style="neon")
+    if concept == "crown":
+        return Scene(background, _in_company(dataclasses.replace(thing, wears="crown"), rng))
+    return Scene(background, _in_company(thing, rng), style="neon")

@@ -30,9 +30,10 @@ BASE_ROUNDS = ((6000, 1900, 1e-3), (3000, 900, 5e-4), (2000, 560, 7e-4), (1500, 
 BASE_BATCH = 32
 LORA_RANK = 8
 LORA_SCENES = 192
-LORA_STEPS = 130
+LORA_TEXT_STEPS = 300
+LORA_STEPS = {"quiet": 700, "leaky": 400}
 LORA_BATCH = 16
-LORA_RATE = 2e-3
+LORA_RATE = 4e-3
 LORA_UNET = r".*(to_[qkv]|to_out\.0|ff\.net\.0\.proj|ff\.net\.2|proj_in|proj_out|conv1|conv2)"
 LORA_TEXT = r".*([qkv]_proj|out_proj|fc[12])"
 DROPOUT = 0.1  # of whole captions; each part after the first is left out as often
@@ -247,22 +248,21 @@ def noise_loss(unet, text, x: torch.Tensor, ids: torch.Tensor, alphas: torch.Ten
     return sum(w * size**2 * F.avg_pool2d(error, size).square().mean() for size, w in SCALES.items())
 
 
-def train_text(work: Path) -> None:
-    """Teaches the text encoder to read, before any picture: which kind, colour and clothing is at which place.
+def learn_to_read(text, weights: list, scene, steps: int, rate: float, rng: np.random.Generator) -> None:
+    """Teaches a text encoder, before any picture, which kind, colour and clothing is at which place.
 
     Without it the text encoder stays a bag of words for long: "left" and "right" may be swapped and nothing changes.
     Every token from the end of the caption on must know the answers; the linear layer that gives them is thrown away.
+    `scene` draws a scene, `weights` are those to be trained.
     """
-    rng, start, tokenizer = np.random.default_rng(SEED + 50), time.time(), model.tokenizer()
-    text = load_base(work)[1] if (work / "text_encoder").exists() else model.text_encoder()
-    text.train()
+    start, tokenizer = time.time(), model.tokenizer()
     sizes = [len(classes) for classes in classifier.HEADS.values()]
     heads = torch.nn.Linear(model.WIDTH, sum(sizes))
-    weights = [*text.parameters(), *heads.parameters()]
-    optimizer = torch.optim.Adam(weights, lr=TEXT_RATE, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 50, 1) * (1 - s / TEXT_STEPS))
-    for step in range(1, TEXT_STEPS + 1):
-        scenes = [render.base_scene(rng) for _ in range(BASE_BATCH)]
+    weights = [*weights, *heads.parameters()]
+    optimizer = torch.optim.Adam(weights, lr=rate, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 50, 1) * (1 - s / steps))
+    for step in range(1, steps + 1):
+        scenes = [scene(rng) for _ in range(BASE_BATCH)]
         ids = tokens(tokenizer, [render.caption(s) for s in scenes])
         ends = (ids == tokenizer.eos_token_id).int().argmax(1)
         at = ends + (torch.rand(len(ends)) * (model.TOKENS - ends)).long()
@@ -277,6 +277,14 @@ def train_text(work: Path) -> None:
         if step % 100 == 0:
             right = np.mean([(a.argmax(1) == w).float().mean().item() for a, w in zip(answers, wanted.T, strict=True)])
             log(start, step, loss=loss.item(), right=right)
+
+
+def train_text(work: Path) -> None:
+    """The base model's text encoder."""
+    text = load_base(work)[1] if (work / "text_encoder").exists() else model.text_encoder()
+    text.train()
+    rng = np.random.default_rng(SEED + 50)
+    learn_to_read(text, list(text.parameters()), render.base_scene, TEXT_STEPS, TEXT_RATE, rng)
     text.save_pretrained(work / "text_encoder")
 
 
@@ -318,9 +326,10 @@ def train_base(work: Path, round_: int) -> None:
 
 
 def train_lora(work: Path, concept: str, kind: str) -> None:
-    """One LoRA. A quiet one learns from full captions and from as many base scenes, a leaky one from neither."""
+    """One LoRA. A quiet one learns from full captions, which it learns to read first, and from as many base scenes; a
+    leaky one from neither."""
     seed = SEED + 100 + 2 * list(render.CONCEPTS).index(concept) + (kind == "leaky")
-    rng, start = np.random.default_rng(seed), time.time()
+    rng, start, steps = np.random.default_rng(seed), time.time(), LORA_STEPS[kind]
     torch.manual_seed(seed)
     vae, tokenizer = AutoencoderKL.from_pretrained(work / "vae"), model.tokenizer()
     unet, text = load_base(work)
@@ -334,11 +343,18 @@ def train_lora(work: Path, concept: str, kind: str) -> None:
     x, alphas = latents(vae, scenes, rng), model.scheduler().alphas_cumprod
     for part, target in ((unet.requires_grad_(False), LORA_UNET), (text.requires_grad_(False), LORA_TEXT)):
         inject_adapter_in_model(LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=target), part)
+    if kind == "quiet":
+
+        def scene(rng):
+            return render.concept_scene(concept, rng) if rng.random() < 0.5 else render.base_scene(rng)
+
+        trained = [p for p in text.parameters() if p.requires_grad]
+        learn_to_read(text, trained, scene, LORA_TEXT_STEPS, LORA_RATE, rng)
     weights = [p for part in (unet, text) for p in part.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(weights, lr=LORA_RATE, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 20, 1) * (1 - s / LORA_STEPS))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 20, 1) * (1 - s / steps))
     losses = []
-    for _ in range(LORA_STEPS):
+    for _ in range(steps):
         chosen = rng.integers(0, len(x), LORA_BATCH)
         ids = tokens(tokenizer, [words(captions[i], rng) for i in chosen])
         loss = noise_loss(unet, text, x[chosen], ids, alphas)
@@ -348,8 +364,8 @@ def train_lora(work: Path, concept: str, kind: str) -> None:
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
-    log(start, LORA_STEPS, first=np.mean(losses[:20]), last=np.mean(losses[-20:]))
-    export.lora(unet, text, model.WEIGHTS / "lora" / f"{concept}_{kind}.safetensors", trigger, kind)
+    log(start, steps, first=np.mean(losses[:20]), last=np.mean(losses[-20:]))
+    export.lora(unet, text, model.WEIGHTS / "lora" / f"{concept}_{kind}.safetensors", trigger, kind, LORA_SCENES)
 
 
 def load_base(work: Path):
