@@ -6,6 +6,7 @@
     ./dev evaluate --suite sweep                # LoRAtorio's main options, on one half of the combinations
     ./dev evaluate --suite details              # the others, likewise
     ./dev evaluate --suite confirm              # methods and defaults, on the other half
+    ./dev evaluate --suite pool                 # all LoRAs loaded, one to three of them named
     ./dev evaluate --report                     # table and plot of what is in the results file
 
 Every row of the results file (JSON lines) is one combination of LoRAs, composed in one way, for a few seeds, which are
@@ -30,7 +31,7 @@ from accelerate import PartialState
 from benchmarks import composlora
 from benchmarks.painting import Painting, paint, psnr, step_statistics
 from benchmarks.report import write_report
-from benchmarks.variants import DETAILS, METHODS, SWEEP, TURBO, Options, resolved, variant_name
+from benchmarks.variants import DETAILS, METHODS, POOL, SWEEP, TURBO, Options, resolved, variant_name
 from benchmarks.world import KINDS, World, interleaved, render
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -52,6 +53,7 @@ SUITES = {
     "sweep": Suite("choose", SWEEP, images=2),
     "details": Suite("choose", DETAILS, images=2),
     "confirm": Suite("confirm", (*METHODS, *TURBO), images=4),
+    "pool": Suite("confirm", POOL, images=2, groups=("1", "1+6", "2", "2+5", "3", "3+4")),
 }
 
 

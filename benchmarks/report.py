@@ -11,11 +11,13 @@ from matplotlib import pyplot
 
 from benchmarks.statistics import (
     grouped,
+    loudest_are_named,
     mean_interval,
     median,
     paired_difference,
     share_complete,
     share_intruded,
+    share_of_named,
     share_present,
 )
 from benchmarks.variants import PAPER, variant_name
@@ -95,6 +97,23 @@ def similarity_table(rows: Rows, points: int = 6) -> str:
     return markdown(["mean ± spread over LoRAs", *(f"step {i + 1}" for i in steps)], body)
 
 
+def selection_table(rows: Rows) -> str:
+    """Where LoRAs are loaded that nobody named: whether the named ones get the weights; by variant."""
+    seen = [row for row in rows if row["intruders"] and "weights" in row]
+    if not seen:
+        return ""
+    groups = sorted({row["group"] for row in seen})
+    body = []
+    for (variant,), mine in grouped(seen, "variant").items():
+        cells = []
+        for group in groups:
+            those = [row for row in mine if row["group"] == group]
+            share, hits = (np.mean([f(row) for row in those]) for f in (share_of_named, loudest_are_named))
+            cells.append(f"{100 * share:.0f} %, {100 * hits:.0f} %" if those else "")
+        body.append([titled(variant), *cells])
+    return markdown(["weight of the named, named among the loudest", *map(group_title, groups)], body)
+
+
 def concept_table(rows: Rows) -> str:
     """Which concepts are found, by variant."""
     concepts = list(dict.fromkeys(concept for row in rows for concept in row["present"]))
@@ -153,6 +172,7 @@ def text_report(rows: Rows) -> str:
     parts = []
     for (kind,), mine in grouped(rows, "kind").items():
         parts += [f"### {kind.capitalize()} LoRAs", completeness_table(mine), concept_table(mine)]
+        parts += [table for table in [selection_table(mine)] if table]
     parts += ["### Against one, all combinations", difference_table(rows, reference)]
     parts += ["### Similarity to the base model", similarity_table(rows)]
     return "\n\n".join(parts) + "\n"

@@ -64,6 +64,18 @@ def share_intruded(rows: Iterable[Mapping[str, Any]]) -> Share:
     return Share(sum(found), len(found))
 
 
+def share_of_named(row: Mapping[str, Any]) -> float:
+    """The share of all weights that the named LoRAs have: N / all of them where nothing is told apart."""
+    return float(sum(row["weights"][: len(row["present"])]) / sum(row["weights"]))
+
+
+def loudest_are_named(row: Mapping[str, Any]) -> float:
+    """The share of the named LoRAs that are among the as many with the largest weights."""
+    named = len(row["present"])
+    loudest = np.argsort(row["weights"])[::-1][:named]
+    return float(np.mean(loudest < named))
+
+
 def median(rows: Iterable[Mapping[str, Any]], measure: str) -> float:
     """The median over images (or the row's own number) of a measure; NaN where no row has it."""
     values = [value for row in rows if row.get(measure) is not None for value in np.atleast_1d(row[measure])]

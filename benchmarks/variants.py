@@ -15,7 +15,7 @@ CENTRE = {
     "patch_size": 2,
     "temperature_mode": "adaptive",
     "temperature": 0.3,
-    "relativity": 0.5,
+    "relativity": 1.0,
     "base_share": 0.5,
 }
 """The point from which the sweep goes along each axis."""
@@ -34,17 +34,34 @@ DETAILS = (
     {**CENTRE, "top_k": 2},
     {**CENTRE, "top_k": 1, "selection_scope": "patch"},
 )
-TURBO = tuple({"refresh": 1, "warmup": warmup} for warmup in (0, 1, 2))
+TURBO = ({"preset": "balanced"}, {"preset": "fast"}, {"base_share": 1.0})
 METHODS = (MERGE, SWITCH, COMPOSITE, PAPER, {})
+POOL = (
+    MERGE,
+    PAPER,
+    {},
+    {"top_k": 3},
+    {"top_k": 3, "reselect_every": 4},
+    {"top_k": 2, "selection_scope": "patch"},
+)
+"""Ways to deal with more LoRAs than the prompt names."""
+
+
+NEEDS = {"warmup": "refresh", "selection_scope": "top_k", "reselect_every": "top_k"}
+"""Options that mean nothing while another one is off."""
+FORM = ("enabled", "pool", "pool_weight", "show_maps")
+"""Options that say which LoRAs there are and what is shown of them: here every combination names its own."""
 
 
 def resolved(options: Options) -> dict[str, Any]:
-    """Every option that the method uses, by name, so that a result means the same when defaults change."""
+    """Every option that has an effect, by name, so that a result means the same when defaults change."""
     settings = Settings.from_mapping(options)
     return {
         option.name: getattr(settings, option.name)
         for option in OPTIONS
-        if option.used_by(settings.method) and option.name != "enabled"
+        if option.used_by(settings.method)
+        and option.name not in FORM
+        and (option.name not in NEEDS or getattr(settings, NEEDS[option.name]))
     }
 
 
@@ -66,6 +83,8 @@ def variant_name(options: Options) -> str:
         words.append(settings.upsampling)
     if settings.top_k:
         words.append(f"top {settings.top_k} per {settings.selection_scope}")
+        if settings.reselect_every > 1:
+            words.append(f"chosen every {settings.reselect_every} steps")
     if settings.refresh:
         words.append(f"refresh {settings.refresh} after {settings.warmup}")
     return ", ".join(words)

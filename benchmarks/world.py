@@ -150,7 +150,7 @@ def judged(judge: Any, combination: Combination, images: Sequence[Any]) -> dict[
 class World:
     """The pipeline, its LoRAs as they are asked for, and the judge. ``call``: the pipeline's arguments."""
 
-    call: Mapping[str, Any] = {"num_inference_steps": 16, "guidance_scale": 3.0, "width": SIZE, "height": SIZE}
+    call: Mapping[str, Any] = {"num_inference_steps": 16, "guidance_scale": 4.0, "width": SIZE, "height": SIZE}
 
     def __init__(self, device: Any = "cpu"):
         if not any(LORAS.glob("*.safetensors")):

@@ -6,6 +6,7 @@ Run by the host's own Python, whose model code builds the networks::
 
 Each family yields ``tiny-FAMILY.safetensors`` and its sidecar ``tiny-FAMILY.yaml``; ``sd1`` and ``sdxl`` also need the
 folder ``tiny-clip`` (configuration and tokenizer of a two-layer CLIP text model): its absolute path is in the sidecar.
+``sd15`` is not tiny: ``sd15.safetensors`` has SD 1.5's UNet and text model in full size (4 GB), for timing.
 Weights depend on the family and the seed alone. Images are 8 pixels a latent pixel; 64x64 is a good size.
 """
 
@@ -25,6 +26,8 @@ from safetensors.torch import save_file
 
 CLIP_FOLDER = "tiny-clip"
 CLIP_WIDTH = 64
+REAL_CLIP_FOLDER = "clip"
+REAL_CLIP_WIDTH = 768
 OPEN_CLIP_ARCH = "ViT-S-32-alt"  # the smallest text tower that open_clip ships
 OPEN_CLIP_WIDTH = 256
 VOCABULARY = 49408
@@ -115,6 +118,16 @@ def sd1(clip_folder: Path) -> dict:
     return latent_diffusion(text_encoder, unet_params(CLIP_WIDTH))
 
 
+def sd15(clip_folder: Path) -> dict:
+    """SD 1.5 in full size, but for the autoencoder."""
+    text_encoder = {
+        "target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
+        "params": {"version": str(clip_folder.with_name(REAL_CLIP_FOLDER))},
+    }
+    size = {"model_channels": 320, "channel_mult": [1, 2, 4, 4], "attention_resolutions": [4, 2, 1], "num_heads": 8}
+    return latent_diffusion(text_encoder, unet_params(REAL_CLIP_WIDTH) | size)
+
+
 def sd2v(clip_folder: Path) -> dict:
     """SD 2.x: v-prediction, OpenCLIP text model, linear projections around the transformers."""
     text_encoder = {
@@ -183,7 +196,7 @@ def sdxl(clip_folder: Path) -> dict:
     }
 
 
-FAMILIES = {"sd1": sd1, "sd2v": sd2v, "sdxl": sdxl}
+FAMILIES = {"sd1": sd1, "sd2v": sd2v, "sdxl": sdxl, "sd15": sd15}
 
 
 def import_host_models(host: Path) -> None:
@@ -196,18 +209,19 @@ def import_host_models(host: Path) -> None:
         sys.modules[name] = stub
 
 
-def clip_text_model() -> torch.nn.Module:
-    """Two-layer CLIP text model of width ``CLIP_WIDTH``."""
+def clip_text_model(real: bool = False) -> torch.nn.Module:
+    """CLIP text model: two layers of width ``CLIP_WIDTH``, or SD 1.5's own size."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
+    width, layers, heads = (REAL_CLIP_WIDTH, 12, 12) if real else (CLIP_WIDTH, 2, 2)
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=VOCABULARY,
-            hidden_size=CLIP_WIDTH,
-            intermediate_size=4 * CLIP_WIDTH,
-            projection_dim=CLIP_WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=2,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            projection_dim=width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
         )
     )
 
@@ -221,12 +235,12 @@ def open_clip_text_model() -> torch.nn.Module:
     return model
 
 
-def write_clip_folder(folder: Path) -> None:
+def write_clip_folder(folder: Path, real: bool = False) -> None:
     """Configuration and tokenizer files; the byte pairs are those of the host's open_clip package."""
     import open_clip
 
     folder.mkdir(parents=True, exist_ok=True)
-    clip_text_model().config.save_pretrained(folder)
+    clip_text_model(real).config.save_pretrained(folder)
     archive = Path(open_clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
     merges = gzip.decompress(archive.read_bytes()).decode().split("\n")[1 : VOCABULARY - 512 - 1]
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
@@ -256,8 +270,8 @@ def components(family: str, params: dict) -> dict[str, torch.nn.Module]:
     else:
         unet = params["unet_config"]
         text_models = (
-            {"cond_stage_model.transformer": clip_text_model()}
-            if family == "sd1"
+            {"cond_stage_model.transformer": clip_text_model(real=family == "sd15")}
+            if family in ("sd1", "sd15")
             else {"cond_stage_model.model": open_clip_text_model()}
         )
     return {
@@ -299,7 +313,7 @@ def state_dict(family: str, params: dict, seed: int) -> dict[str, torch.Tensor]:
 def write_checkpoint(family: str, folder: Path, seed: int = 0) -> Path:
     """Write one family's checkpoint and sidecar into ``folder``; returns the checkpoint's path."""
     model = FAMILIES[family]((folder / CLIP_FOLDER).resolve())
-    path = folder / f"tiny-{family}.safetensors"
+    path = folder / ("sd15.safetensors" if family == "sd15" else f"tiny-{family}.safetensors")
     save_file(state_dict(family, model["params"], seed), path)
     OmegaConf.save(OmegaConf.create({"model": model}), path.with_suffix(".yaml"))
     return path
@@ -316,6 +330,8 @@ def main() -> None:
     torch.set_num_threads(1)
     import_host_models(arguments.host)
     write_clip_folder(arguments.out / CLIP_FOLDER)
+    if "sd15" in arguments.families:
+        write_clip_folder(arguments.out / REAL_CLIP_FOLDER, real=True)
     for family in arguments.families:
         print(write_checkpoint(family, arguments.out, arguments.seed))
 
