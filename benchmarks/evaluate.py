@@ -31,7 +31,7 @@ from accelerate import PartialState
 from benchmarks import composlora
 from benchmarks.painting import Painting, paint, psnr, step_statistics
 from benchmarks.report import write_report
-from benchmarks.variants import DETAILS, METHODS, POOL, SWEEP, TURBO, Options, resolved, variant_name
+from benchmarks.variants import DETAILS, METHODS, POOL, SWEEP, TURBO, Options, exact_of, resolved, variant_name
 from benchmarks.world import KINDS, World, interleaved, render
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -79,7 +79,7 @@ class Unit:
 
         for options in map(resolved, variants):
             made = painting(json.dumps(options))
-            exact = painting(json.dumps({**options, "refresh": 0})) if options.get("refresh") else None
+            exact = exact_of(options)
             yield {
                 "key": self.key(world, options),
                 "kind": self.kind,
@@ -90,7 +90,7 @@ class Unit:
                 "seeds": list(self.seeds),
                 **world.judged(self.combination, made.images),
                 **step_statistics(made.steps),
-                **({} if exact is None else {"psnr": psnr(made.images, exact.images)}),
+                **({} if exact is None else {"psnr": psnr(made.images, painting(json.dumps(exact)).images)}),
                 "cost": round(made.cost, 3),
                 "seconds": round(made.seconds, 2),
             }

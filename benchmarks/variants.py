@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from loratorio_ext.settings import OPTIONS, Settings
+from loratorio_ext.settings import OPTION, OPTIONS, Settings
 
 Options = Mapping[str, Any]
 
@@ -63,6 +63,13 @@ def resolved(options: Options) -> dict[str, Any]:
         and option.name not in FORM
         and (option.name not in NEEDS or getattr(settings, NEEDS[option.name]))
     }
+
+
+def exact_of(options: Options) -> dict[str, Any] | None:
+    """What a cheaper way is to be compared with, the same without what makes it cheap; None: it is exact itself."""
+    cheap = options.get("refresh") or options.get("base_share") == 1 or options.get("reselect_every", 1) > 1
+    exact = {"refresh": 0, "base_share": OPTION["base_share"].default, "reselect_every": 1}
+    return resolved({**options, **exact}) if cheap else None
 
 
 def variant_name(options: Options) -> str:

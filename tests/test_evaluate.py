@@ -11,8 +11,17 @@ from benchmarks import composlora, demo, world
 from benchmarks.evaluate import SUITES, Unit, read_rows, run, units
 from benchmarks.painting import paint, psnr
 from benchmarks.report import write_report
-from benchmarks.statistics import Share, complete, paired_difference, share_complete, share_intruded, share_present
-from benchmarks.variants import SWEEP, resolved, variant_name
+from benchmarks.statistics import (
+    Share,
+    complete,
+    loudest_are_named,
+    paired_difference,
+    share_complete,
+    share_intruded,
+    share_of_named,
+    share_present,
+)
+from benchmarks.variants import SWEEP, exact_of, resolved, variant_name
 from loratorio_ext.hosts.diffusers import load_lora
 from tests.tiny_pipelines import make_pipeline, write_lora
 
@@ -60,6 +69,15 @@ def test_a_row_does_not_depend_on_what_its_method_ignores():
     assert resolved({"method": "merge"}) == {"method": "merge"}
     assert resolved({"method": "switch", "temperature": 9.0}) == resolved({"method": "switch"})
     assert all("enabled" not in resolved(options) for options in SWEEP)
+    assert resolved({"warmup": 7, "selection_scope": "patch", "pool": ["a"]}) == resolved({})
+    assert resolved({"warmup": 7, "refresh": 1}) != resolved({"refresh": 1})
+
+
+def test_what_is_cheap_is_compared_with_what_is_exact():
+    assert exact_of(resolved({})) is exact_of(resolved({"method": "merge"})) is exact_of(resolved({"top_k": 2})) is None
+    for cheap in ({"refresh": 1}, {"base_share": 1.0}, {"preset": "fast"}):
+        assert exact_of(resolved(cheap)) == resolved({})
+    assert exact_of(resolved({"top_k": 2, "reselect_every": 3})) == resolved({"top_k": 2})
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
@@ -94,6 +112,12 @@ def test_shares_count_images_and_concepts():
     assert share_intruded([row(intruders={"neon": [0, 1, 1]}), row()]) == Share(2, 3)
 
 
+def test_whether_the_named_loras_are_the_loudest():
+    found = row(weights=[0.5, 0.1, 0.1, 0.3])
+    assert share_of_named(found) == pytest.approx(0.6)
+    assert loudest_are_named(found) == 0.5
+
+
 def test_differences_are_paired_by_combination():
     rows = [row("a", name, present={"robot": [1, 1]}) for name in "xyz"]
     rows += [row("b", name, present={"robot": [0, 1]}) for name in "xy"]
@@ -121,6 +145,7 @@ def test_the_report_tables_and_plots_every_variant(tmp_path):
     assert "N = 2, 1 more unnamed" in text
     assert "| quiet, N = 2 | 0.9900 ± 0.0010 |" in text
     assert "22.0 |" in text
+    assert "| shy | 100 %, 100 % |" in text
     assert write_report([], None) == "no results yet"
 
 
