@@ -27,12 +27,10 @@ SWEEP = (
     *({**CENTRE, "base_share": share} for share in (0.0, 1.0)),
 )
 DETAILS = (
-    CENTRE,
-    *({**PAPER, "temperature": tau, "patch_size": p} for tau, p in ((0.1, 4), (0.1, 2), (0.01, 2))),
+    *({**CENTRE, "patch_size": p, "upsampling": "bilinear"} for p in (2, 4)),
     *({**CENTRE, "patch_size": p} for p in (1, 8)),
-    {**CENTRE, "upsampling": "bilinear"},
-    {**CENTRE, "top_k": 2},
-    {**CENTRE, "top_k": 1, "selection_scope": "patch"},
+    {**CENTRE, "patch_size": 4, "base_share": 0.25},
+    *({**PAPER, "temperature": tau, "patch_size": p} for tau, p in ((0.1, 4), (0.01, 2))),
 )
 TURBO = ({"preset": "balanced"}, {"preset": "fast"}, {"base_share": 1.0})
 METHODS = (MERGE, SWITCH, COMPOSITE, PAPER, {})

@@ -189,10 +189,10 @@ OPTIONS = (
     ),
     Option(
         "relativity",
-        0.5,
+        1.0,
         "Relativity",
-        "0: compare divergence as it is (the paper). 1: compare it to each LoRA's own mean over the image. Raise it "
-        "when a style or background LoRA drowns the others.",
+        "1: compare divergence to each LoRA's own mean over the image, so that a style or background LoRA does not "
+        "drown the others. 0: compare it as it is (the paper). Lower it when such a LoRA is too weak.",
         group="Weights",
         low=0.0,
         high=1.0,

@@ -99,7 +99,8 @@ def build_ui(tab: str) -> tuple[list, list]:
             choices=list(PRESETS),
             value="default",
             label="Preset",
-            info="Fills in the options below. paper: the method in its published form.",
+            info="Fills in the options below. paper: the method in its published form. balanced, fast: less time with "
+            "several LoRAs, for some detail.",
             elem_id=f"{prefix}_preset",
         )
         for options in groups.values():
