@@ -11,8 +11,9 @@
 
 Every row of the results file (JSON lines) is one combination of LoRAs, composed in one way, for a few seeds, which are
 the same for every way. What the file holds is not computed again, so a run may be cut short and taken up. Several
-processes share the work under ``accelerate launch --num_processes N -m benchmarks.evaluate …``. The same runner takes
-ComposLoRA and a real checkpoint: ``--suite composlora --root DIR --model FILE``.
+processes share the work: ``accelerate launch --num_processes N -m benchmarks.evaluate …`` on GPUs, on CPUs
+``torchrun --nproc_per_node N -m benchmarks.evaluate …``. The same runner takes ComposLoRA and a real checkpoint:
+``--suite composlora --root DIR --model FILE``.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 
 from benchmarks import composlora
@@ -52,7 +54,7 @@ SUITES = {
     "quick": Suite("confirm", METHODS, images=2, combinations=10),
     "sweep": Suite("choose", SWEEP, images=2),
     "details": Suite("choose", DETAILS, images=2),
-    "confirm": Suite("confirm", (*METHODS, *TURBO), images=4),
+    "confirm": Suite("confirm", (*METHODS, *TURBO), images=2),
     "pool": Suite("confirm", POOL, images=2, groups=("1", "1+6", "2", "2+5", "3", "3+4")),
 }
 
@@ -149,7 +151,7 @@ def main() -> None:
     args = parser.parse_args()
     path = args.results or RESULTS / f"{args.suite}.jsonl"
     if not args.report:
-        workers = PartialState()
+        workers = PartialState(cpu=not torch.cuda.is_available())  # which otherwise does not share a CPU's work
         deadline = time.monotonic() + 60 * args.budget
         if args.suite == "composlora":
             world = composlora.World(args, workers.device)

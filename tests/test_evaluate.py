@@ -3,7 +3,11 @@
 import argparse
 import json
 import math
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +29,7 @@ from benchmarks.variants import SWEEP, exact_of, resolved, variant_name
 from loratorio_ext.hosts.diffusers import load_lora
 from tests.tiny_pipelines import make_pipeline, write_lora
 
+ROOT = Path(__file__).resolve().parents[1]
 GROUPS = ("2", "3", "4", "5", "2+1", "3+1")
 
 
@@ -279,3 +284,22 @@ class Score:
 
     def reset(self):
         pass
+
+
+def test_two_processes_share_the_work(tmp_path):
+    """Each takes its own part of the units, and all of it is done once."""
+    concepts, path = ("robot", "star"), tmp_path / "quick.jsonl"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    evaluate = ["-m", "benchmarks.evaluate", "--suite", "quick", "--results", path, "--concepts", *concepts]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([*launch, *evaluate], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    suite = SUITES["quick"]
+    wanted = {
+        (unit.kind, unit.combination.name, variant_name(options))
+        for unit in units(suite, ("quiet", "leaky"), concepts)
+        for options in suite.variants
+    }
+    found = [(each["kind"], each["combination"], each["variant"]) for each in read_rows(path)]
+    assert set(found) == wanted and len(found) == len(wanted) > len(suite.variants)
+    assert done.stdout.count("rows added") == 2 and "\n0 rows added" not in done.stdout
