@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from benchmarks.floor import floor, flops_of_row
 from benchmarks.models import ATTENTION, CONFIGS, Inputs, random_lora, random_unet, touched_layers
-from loratorio_ext.core import InTurn, LoRAtorio, Predictions
+from loratorio_ext.core import InTurn, LoRAtorio, Predictions, method_from
 from loratorio_ext.isolation import IsolatedCalls, Isolation, LowRank
+from loratorio_ext.settings import Settings
 
-METHOD = LoRAtorio(patch_size=4, temperature=0.3, temperature_mode="adaptive", relativity=0.5)
+METHOD = method_from(Settings())
 Way = Callable[[], None]
 
 
@@ -55,10 +56,13 @@ def combine(base: Tensor, isolated: Tensor, method=METHOD) -> Tensor:
     ).cond
 
 
-def loratorio(unet: nn.Module, arguments: dict, loras: Sequence[dict[str, LowRank]], rows: int = 2) -> Way:
-    """Base pass and one batch of all isolated rows; ``rows`` 1 leaves out the unconditional ones (lambda 1)."""
+def loratorio(
+    unet: nn.Module, arguments: dict, loras: Sequence[dict[str, LowRank]], rows: int = 2, limit: int | None = None
+) -> Way:
+    """Base pass and one batch of all isolated rows, or batches of at most ``limit``; ``rows`` 1: base-only guidance, no
+    unconditional ones."""
     method = METHOD if rows == 2 else LoRAtorio(**{**vars(METHOD), "base_share": 1.0})
-    calls = IsolatedCalls(Isolation(dict(unet.named_modules()), loras))
+    calls = IsolatedCalls(Isolation(dict(unet.named_modules()), loras), limit)
 
     def step() -> None:
         base = unet(**arguments).sample
