@@ -3,7 +3,7 @@
 ::
 
     ./dev demo                                          # writes demo.png
-    ./dev demo --loras robot star city neon --seeds 3   # other LoRAs of the tiny world
+    ./dev demo --loras robot star --seeds 3             # other LoRAs of the tiny world
 
 Rows are methods, columns are seeds. Below, for the first seed, where each LoRA's weight (Omega) lay over the steps.
 """
@@ -113,7 +113,7 @@ def save(page: Image.Image, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--loras", nargs="+", default=["robot", "star", "city"], choices=list(render.CONCEPTS))
+    parser.add_argument("--loras", nargs="+", default=["penguin", "mushroom", "city"], choices=list(render.CONCEPTS))
     parser.add_argument("--kind", choices=KINDS, default="quiet")
     parser.add_argument("--seeds", type=int, default=5, metavar="COUNT")
     parser.add_argument("--out", type=Path, default=Path("demo.png"))
