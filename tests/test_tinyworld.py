@@ -1,0 +1,50 @@
+"""The shipped tiny world: its one-file checkpoint and its LoRAs, through the command line, and seen by its judge."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from benchmarks import world
+from loratorio_ext.cli import app
+from loratorio_ext.infotext import PNG_KEY
+
+WEIGHTS = world.TINYWORLD / "weights"
+PROMPT = "a robot on the left and a red ball on the right, grey background"
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return world.World()
+
+
+def generate(path, *arguments: str) -> dict:
+    model = ["--model", WEIGHTS / "tinyworld.safetensors", "--config", WEIGHTS, "--lora-dir", WEIGHTS / "lora"]
+    image = ["--size", "128x128", "--cfg", "4", "--sampler", "DDIM", "--seed", "1", "--out", path, "--json"]
+    result = CliRunner().invoke(app, [str(each) for each in ("generate", *model, *image, *arguments)])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_a_single_file_and_a_lora_paint_what_the_prompt_says(tiny, tmp_path):
+    report = generate(tmp_path / "robot.png", "--prompt", f"{PROMPT} <lora:robot_quiet:1>", "--steps", "12")
+    image = Image.open(tmp_path / "robot.png")
+    assert "<lora:robot_quiet:1>" in image.info[PNG_KEY] and "Model: tinyworld" in image.info[PNG_KEY]
+    assert report["model"]["pipeline"] == "StableDiffusionPipeline"
+    seen = tiny.judge.read([image])
+    assert seen["left"] == ["robot"] and seen["right"] == ["ball"]
+
+
+def test_without_the_lora_there_is_no_robot(tiny):
+    call = {**tiny.call, "num_inference_steps": 12, "generator": torch.Generator().manual_seed(1)}
+    assert tiny.judge.read(tiny.pipe(PROMPT, **call).images)["left"] != ["robot"]
+
+
+def test_a_pool_finds_the_lora_that_the_prompt_speaks_of(tmp_path):
+    pool = ["--pool", "*_quiet", "--top-k", "1", "--prompt", PROMPT, "--steps", "6"]
+    report = generate(tmp_path / "pool.png", *pool)
+    assert len(report["pool"]) == len(world.render.CONCEPTS) and report["left_out"] == {}
+    picked = Image.open(tmp_path / "pool.png").info[PNG_KEY].partition("LoRAtorio picked: ")[2]
+    assert picked.strip('"').startswith("robot_quiet")
