@@ -163,6 +163,40 @@ def plot(rows: Rows, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def price_table(rows: Rows, exact: str) -> str:
+    """What is cheaper than the exact default, and what it loses: complete images and concepts in percentage points."""
+
+    def per_concept(row: Mapping[str, Any]) -> list[float]:
+        return [float(np.mean(found)) for found in zip(*row["present"].values())]
+
+    body = []
+    for (variant,), mine in grouped(rows, "variant").items():
+        if any("psnr" in row for row in mine):
+            losses = [paired_difference(rows, variant, exact), paired_difference(rows, variant, exact, per_concept)]
+            cells = [f"{100 * mean:+.0f} ({100 * low:+.0f} to {100 * high:+.0f})" for mean, low, high in losses]
+            cost = np.mean([row["cost"] for row in mine])
+            body.append([titled(variant), f"{cost:.2f}", *cells, number(median(mine, "psnr"), ".1f")])
+    return markdown(["", "cost", "complete", "per concept", "PSNR, dB"], body) if body else ""
+
+
+def plot_price(rows: Rows, path: Path) -> None:
+    """The share of complete images against the cost, a panel for each kind, a point for each variant."""
+    by_kind = grouped(rows, "kind")
+    figure, axes = pyplot.subplots(1, len(by_kind), figsize=(5.6 * len(by_kind), 4), sharey=True, squeeze=False)
+    for axis, ((kind,), mine) in zip(axes[0], by_kind.items()):
+        for (variant,), those in grouped(mine, "variant").items():
+            share, cost = share_complete(those), np.mean([row["cost"] for row in those])
+            low, high = share.interval
+            reach = [[max(0, share.value - low)], [max(0, high - share.value)]]
+            axis.errorbar([cost], [100 * share.value], 100 * np.array(reach), marker="o", capsize=2, label=variant)
+        axis.set(title=f"{kind} LoRAs", xlabel="rows evaluated, in those of merged LoRAs")
+        axis.grid(alpha=0.3)
+    axes[0][0].set(ylabel="images with every concept, %")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=7)
+    figure.tight_layout(rect=(0, 0.22, 1, 1))
+    figure.savefig(path, dpi=100)
+
+
 def text_report(rows: Rows) -> str:
     """Everything in the file, in Markdown."""
     if "clipscore" in rows[0]:
@@ -173,6 +207,7 @@ def text_report(rows: Rows) -> str:
     for (kind,), mine in grouped(rows, "kind").items():
         parts += [f"### {kind.capitalize()} LoRAs", completeness_table(mine), concept_table(mine)]
         parts += [table for table in [selection_table(mine)] if table]
+        parts += [table for table in [price_table(mine, reference)] if table]
     parts += ["### Against one, all combinations", difference_table(rows, reference)]
     parts += ["### Similarity to the base model", similarity_table(rows)]
     return "\n\n".join(parts) + "\n"
@@ -186,4 +221,6 @@ def write_report(rows: Rows, path: Path) -> str:
     path.with_suffix(".md").write_text(text, encoding="utf-8")
     if "present" in rows[0]:
         plot(rows, path.with_suffix(".png"))
+        if any("psnr" in row for row in rows):
+            plot_price(rows, path.with_name(f"{path.stem}-price.png"))
     return text

@@ -151,6 +151,8 @@ def test_the_report_tables_and_plots_every_variant(tmp_path):
     assert "| quiet, N = 2 | 0.9900 ± 0.0010 |" in text
     assert "22.0 |" in text
     assert "| shy | 100 %, 100 % |" in text
+    assert "| shy | 1.00 | +0 (+0 to +0) | +0 (+0 to +0) | 22.0 |" in text
+    assert (tmp_path / "rows-price.png").stat().st_size > 1000
     assert write_report([], None) == "no results yet"
 
 
