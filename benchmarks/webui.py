@@ -64,12 +64,12 @@ def measure(webui: WebUI, n: int, rounds: int, steps: int, size: int) -> dict[st
     """For each way the medians of a step, and of what is done once beside the steps, in seconds."""
     prompt = "a cat on a hill " + "".join(f"<lora:lora{i}:1>" for i in range(n))
     times = {name: [] for name in WAYS}
-    for round_ in range(rounds + 1):
+    for _ in range(rounds):
         for name, scripts in WAYS.items():
+            seconds(webui, scripts, prompt, SHORT, size)  # the host changes its weights to this way's, if it must
             short, long = (seconds(webui, scripts, prompt, count, size) for count in (SHORT, SHORT + steps))
             step = (long - short) / steps
-            if round_:
-                times[name].append((step, short - SHORT * step))
+            times[name].append((step, short - SHORT * step))
     return {
         name: dict(zip(("step", "once"), map(statistics.median, zip(*taken)), strict=True))
         for name, taken in times.items()
