@@ -36,7 +36,9 @@ def main(bpe: Path) -> None:
         "pad_token": END,
     }
     model.CLIP.mkdir(parents=True, exist_ok=True)
-    (model.CLIP / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    # A token a line: as one line of a megabyte it would drown every search of the repository.
+    text = json.dumps(vocabulary, ensure_ascii=False, indent=0)
+    (model.CLIP / "vocab.json").write_text(text + "\n", encoding="utf-8")
     (model.CLIP / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
     (model.CLIP / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     model.text_encoder().config.save_pretrained(model.CLIP)
