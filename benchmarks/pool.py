@@ -13,14 +13,13 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from benchmarks.memory import MEGA, lora_bytes
 from benchmarks.models import CONFIGS, Inputs, random_lora, random_unet, touched_layers
-from benchmarks.speed import only_rows, repeated
+from benchmarks.speed import only_rows
+from loratorio_ext.core import Plan
 from loratorio_ext.isolation import ROWS_OF_A_POOL, IsolatedCalls, Isolation
 
 CHOSEN = 3
@@ -32,11 +31,14 @@ def measure(model: str, latent: int, count: int, budget: float) -> dict[str, flo
     unet = random_unet(model)
     arguments = Inputs(unet, latent).call(2)
     loras = [random_lora(touched_layers(unet), 16) for _ in range(count)]
-    isolation = Isolation(dict(unet.named_modules()), loras, budget=int(budget * MEGA))
+    isolation = Isolation(dict(unet.named_modules()), [*loras, {}], budget=int(budget * MEGA))
     calls = IsolatedCalls(isolation, ROWS_OF_A_POOL)
 
-    def call(positions: Sequence[int], part: slice) -> Tensor:
-        return unet(**repeated(only_rows(arguments, part), len(positions))).sample
+    def evaluate(loras: int) -> None:
+        calls(
+            [(lora, row) for lora in (Plan.BASE, *range(loras)) for row in range(2)],
+            lambda batch: unet(**only_rows(arguments, [row for _, row in batch])).sample,
+        )
 
     def used() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MEGA
@@ -48,10 +50,10 @@ def measure(model: str, latent: int, count: int, budget: float) -> dict[str, flo
 
     before = used()
     with torch.inference_mode():
-        calls(range(CHOSEN), 2, call)  # the first call is slower
+        evaluate(CHOSEN)  # the first call is slower
         plain = seconds(lambda: unet(**arguments))
-        whole = plain + seconds(lambda: calls(range(count), 2, call))
-        chosen = plain + seconds(lambda: calls(range(CHOSEN), 2, call))
+        whole = seconds(lambda: evaluate(count))
+        chosen = seconds(lambda: evaluate(CHOSEN))
     return {
         "plain": plain,
         "whole": whole,

@@ -23,32 +23,25 @@ from torch import Tensor, nn
 
 from benchmarks.floor import floor, flops_of_row
 from benchmarks.models import ATTENTION, CONFIGS, Inputs, random_lora, random_unet, touched_layers
-from loratorio_ext.core import InTurn, LoRAtorio, Predictions, method_from
+from benchmarks.speed_report import ARITHMETIC, STACKING, plot, table
+from loratorio_ext.core import InTurn, Method, Plan, Predictions, method_from
 from loratorio_ext.isolation import IsolatedCalls, Isolation, LowRank
+from loratorio_ext.isolation.branches import stack
 from loratorio_ext.settings import Settings
 
 METHOD = method_from(Settings())
+BASE_GUIDES = method_from(Settings(base_share=1.0))
 Way = Callable[[], None]
 
 
-def repeated(arguments: dict, times: int) -> dict:
-    """The rows of a UNet call, so many times over."""
-
-    def repeat(value):
-        if isinstance(value, dict):
-            return repeated(value, times)
-        return value.repeat(times, *[1] * (value.ndim - 1))
-
-    return {name: repeat(value) for name, value in arguments.items()}
-
-
-def only_rows(arguments: dict, rows: slice) -> dict:
-    """Some rows of a UNet call."""
+def only_rows(arguments: dict, rows: list[int]) -> dict:
+    """These rows of a UNet call."""
     return {n: only_rows(v, rows) if isinstance(v, dict) else v[rows] for n, v in arguments.items()}
 
 
-def combine(base: Tensor, isolated: Tensor, method=METHOD) -> Tensor:
-    """The composition arithmetic of one step: ``base [2, C, H, W]``, ``isolated [N, 1 or 2, C, H, W]``."""
+def combine(base: Tensor, isolated: Tensor, method: Method = METHOD) -> Tensor:
+    """The composition arithmetic of one step: ``base [2, C, H, W]``, ``isolated [N, 1 or 2, C, H, W]``, the conditional
+    row first."""
     uncond = isolated[:, 1:] if isolated.shape[1] > 1 else None
     cond = isolated[:, :1]
     return method.combine(
@@ -56,51 +49,40 @@ def combine(base: Tensor, isolated: Tensor, method=METHOD) -> Tensor:
     ).cond
 
 
+def isolated_calls(unet: nn.Module, loras: Sequence[dict[str, LowRank]], **options) -> IsolatedCalls:
+    """Calls of a UNet in which every row has its LoRA, or none (`Plan.BASE`)."""
+    return IsolatedCalls(Isolation(dict(unet.named_modules()), [*loras, {}]), **options)
+
+
 def loratorio(
-    unet: nn.Module, arguments: dict, loras: Sequence[dict[str, LowRank]], rows: int = 2, limit: int | None = None
+    unet: nn.Module,
+    arguments: dict,
+    loras: Sequence[dict[str, LowRank]],
+    method: Callable[[], Method] = lambda: METHOD,
+    limit: int | None = None,
 ) -> Way:
-    """Base pass and one batch of all isolated rows, or batches of at most ``limit``; ``rows`` 1: base-only guidance, no
-    unconditional ones."""
-    method = METHOD if rows == 2 else LoRAtorio(**{**vars(METHOD), "base_share": 1.0})
-    calls = IsolatedCalls(Isolation(dict(unet.named_modules()), loras), limit)
+    """The base model's rows and all isolated ones in one batch, or in batches of at most ``limit``, as in the hosts.
+    ``method()`` gives each step its method."""
+    calls = isolated_calls(unet, loras, limit=limit)
 
     def step() -> None:
-        base = unet(**arguments).sample
-
-        def call(positions: Sequence[int], part: slice) -> Tensor:
-            return unet(**repeated(only_rows(arguments, part), len(positions))).sample
-
-        combine(base, calls(range(len(loras)), rows, call), method)
+        this = method()
+        plan = this.plan(0, len(loras))
+        alone = 2 if plan.uncond else 1
+        rows = [(lora, row) for lora in plan.isolated for row in range(alone)]
+        output = calls(
+            [(Plan.BASE, 0), (Plan.BASE, 1), *rows],
+            lambda batch: unet(**only_rows(arguments, [row for _, row in batch])).sample,
+        )
+        combine(output[:2], output[2:].unflatten(0, (len(plan.isolated), alone)), this)
 
     return step
 
 
-def one_batch(unet: nn.Module, arguments: dict, loras: Sequence[dict[str, LowRank]]) -> Way:
-    """Base rows and isolated rows in one batch, as in diffusers, where the base's pass is not the host's own."""
-    calls = IsolatedCalls(Isolation(dict(unet.named_modules()), [{}, *loras]))
-
-    def step() -> None:
-        def call(positions: Sequence[int], part: slice) -> Tensor:
-            return unet(**repeated(only_rows(arguments, part), len(positions))).sample
-
-        base, *isolated = calls(range(len(loras) + 1), 2, call)
-        combine(base, torch.stack(isolated))
-
-    return step
-
-
-def in_turn(unet: nn.Module, arguments: dict, loras: Sequence[dict[str, LowRank]]) -> Way:
-    """The steady state of refreshing one LoRA a step."""
-    method = InTurn(METHOD, refresh=1, warmup=0)
-    calls = IsolatedCalls(Isolation(dict(unet.named_modules()), loras))
-    steps = iter(range(10**9))
-
-    def step() -> None:
-        plan = method.plan(next(steps), len(loras))
-        base = unet(**arguments).sample
-        combine(base, calls(plan.isolated, 2, lambda positions, part: unet(**arguments).sample), method)
-
-    return step
+def stacking(unet: nn.Module, loras: Sequence[dict[str, LowRank]], like: Tensor) -> Way:
+    """Making the stacked matrices of all LoRAs for every layer, as the first step of a generation does."""
+    layers = touched_layers(unet)
+    return lambda: [stack(layer, [lora.get(name) for lora in loras], like) for name, layer in layers.items()]
 
 
 def repatching(unet: nn.Module, arguments: dict, loras: Sequence[dict[str, LowRank]]) -> Way:
@@ -146,7 +128,7 @@ def peft_ways(name: str, latent: int, rank: int, n: int, arguments: dict, **wher
         combine(base, torch.stack(isolated))
 
     tuners = [module for module in unet.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
-    batch = repeated(arguments, n + 1)
+    batch = only_rows(arguments, [0, 1] * (n + 1))
     row_names = [each for each in ["__base__", *names] for _ in range(2)]
 
     def name_rows(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -198,14 +180,17 @@ def run(name: str, latent: int, rank: int, n: int, rounds: int, device: str, dty
     ways: dict[str, Way] = {
         "plain step": lambda: unet(**arguments),
         "LoRAtorio": loratorio(unet, arguments, loras),
-        "LoRAtorio, base in the same batch": one_batch(unet, arguments, loras),
-        "LoRAtorio, base share 1": loratorio(unet, arguments, loras, rows=1),
-        "LoRAtorio, one refreshed a step": in_turn(unet, arguments, loras),
+        "base_share 1": loratorio(unet, arguments, loras, lambda: BASE_GUIDES),
+        "refresh 1": loratorio(unet, arguments, loras, lambda: InTurn(METHOD, refresh=1, warmup=0)),
+        "refresh 1 and base_share 1": loratorio(
+            unet, arguments, loras, lambda: InTurn(BASE_GUIDES, refresh=1, warmup=0)
+        ),
         "re-patching": repatching(unet, arguments, loras),
         **peft_ways(name, latent, rank, n, arguments, **where),
     }
     base, isolated = torch.randn(2, 4, latent, latent, **where), torch.randn(n, 2, 4, latent, latent, **where)
-    ways["composition arithmetic"] = lambda: combine(base, isolated)
+    ways[ARITHMETIC] = lambda: combine(base, isolated)
+    ways[STACKING] = stacking(unet, loras, base)
     with torch.inference_mode():
         times = measure(ways, rounds, torch.cuda.synchronize if device == "cuda" else lambda: None)
     meta = Inputs(random_unet(name, device="meta"), latent)
@@ -221,23 +206,13 @@ def run(name: str, latent: int, rank: int, n: int, rounds: int, device: str, dty
         }
         for way, taken in times.items()
     }
-    floors = {"LoRAtorio": floor(row, branches, n), "LoRAtorio, base share 1": floor(row, branches, n, True)}
-    floors["LoRAtorio, base in the same batch"] = floors["LoRAtorio"]
-    floors["LoRAtorio, one refreshed a step"] = floor(row, branches, 1)
+    floors = {
+        "LoRAtorio": floor(row, branches, n),
+        "base_share 1": floor(row, branches, n, base_only_guidance=True),
+        "refresh 1": floor(row, branches, 1),
+        "refresh 1 and base_share 1": floor(row, branches, 1, base_only_guidance=True),
+    }
     return {"model": name, "latent": latent, "rank": rank, "n": n, "rounds": rounds, "ways": figures, "floor": floors}
-
-
-def table(results: Sequence[dict]) -> str:
-    """Markdown: a row a way, a column a number of LoRAs, in plain steps, the floor in brackets."""
-    counts = [result["n"] for result in results]
-    lines = ["| in plain steps (floor) |" + "".join(f" N = {n} |" for n in counts), "| --- |" + " --- |" * len(counts)]
-    for way in results[0]["ways"]:
-        cells = []
-        for result in results:
-            floors = f" ({result['floor'][way]:.2f})" if way in result["floor"] else ""
-            cells.append(f" {result['ways'][way]['plain steps']:.3g}{floors} |")
-        lines.append(f"| {way} |{''.join(cells)}")
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -248,7 +223,7 @@ def main() -> None:
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 3, 5], help="numbers of LoRAs")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--full", action="store_true", help="sizes for a GPU, in half precision")
-    parser.add_argument("--out", type=Path, help="results as JSON")
+    parser.add_argument("--out", type=Path, help="results as JSON, and beside them a plot")
     options = parser.parse_args()
     device = "cuda" if options.full else "cpu"
     dtype = torch.float16 if options.full else torch.float32
@@ -262,6 +237,7 @@ def main() -> None:
     print(table(results))
     if options.out:
         options.out.write_text(json.dumps(report, indent=1) + "\n")
+        plot(results, options.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

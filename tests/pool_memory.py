@@ -39,13 +39,15 @@ def main() -> None:
     calls = IsolatedCalls(isolation, limit=10)
     rows = torch.randn(2, 16, WIDTH)
 
-    def call(positions, part):
-        return model(rows[part].repeat(len(positions), 1, 1))
+    everything = [(lora, row) for lora in range(POOL) for row in range(len(rows))]
+
+    def call(batch):
+        return model(rows[[row for _, row in batch]])
 
     model(rows.repeat(5, 1, 1))
     before = peak()
     for _ in range(2):
-        calls(range(POOL), len(rows), call)
+        calls(everything, call)
     print(round(peak() - before, 1))
 
 

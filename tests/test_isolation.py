@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from loratorio_ext.isolation import Delta, IsolatedCalls, Isolation, LowRank, in_main_memory
+from loratorio_ext.isolation import CudaMemory, Delta, IsolatedCalls, Isolation, LowRank, in_main_memory
 
 CHANNELS, WIDTH, TOKENS = 8, 12, 5
 
@@ -583,7 +583,7 @@ class TestBudget:
         from loratorio_ext.isolation import rows
 
         budgets = iter([10**9, 0])
-        monkeypatch.setattr(rows, "memory_budget", lambda device: next(budgets))
+        monkeypatch.setattr(rows, "budget_for_matrices", lambda device: next(budgets))
         model = make_model()
         isolation = Isolation(layers_of(model), make_loras(model))
         run_group(isolation, model, [0, 1], make_inputs(1))
@@ -609,14 +609,37 @@ class Memory:
     def __init__(self, model, inputs, room, words="CUDA out of memory. Tried to allocate"):
         self.model, self.inputs, self.room, self.words, self.calls = model, inputs, room, words, []
 
-    def __call__(self, positions, part):
-        rows = len(positions) * (part.stop - part.start)
-        self.calls.append((list(positions), part.start, part.stop))
+    def __call__(self, batch):
+        self.calls.append(list(batch))
         assert len(self.calls) < 100, "tried again and again"
-        if rows > self.room:
+        if len(batch) > self.room:
             raise RuntimeError(self.words)
-        inputs = [value[part] for value in self.inputs]
-        return self.model(*[value.repeat(len(positions), *[1] * (value.ndim - 1)) for value in inputs])
+        here = [row for _, row in batch]
+        return self.model(*[value[here] for value in self.inputs])
+
+    @property
+    def done(self):
+        """The rows of the calls that went through, in order."""
+        return [row for batch in self.calls if len(batch) <= self.room for row in batch]
+
+
+class Gauge:
+    """A CUDA device's memory as `CudaMemory` tells it: every row takes ``a_row`` bytes of ``free`` ones."""
+
+    def __init__(self, free, a_row=100):
+        self.free, self.a_row, self.batches = free, a_row, []
+
+    def measured(self, call):
+        output = call()
+        self.batches.append(len(output))
+        return output, self.a_row * len(output)
+
+    def rows_that_fit(self, bytes_a_row):
+        return max(1, int(self.free // bytes_a_row))
+
+
+def rows_of(loras, count):
+    return [(lora, row) for lora in loras for row in range(count)]
 
 
 class TestCalls:
@@ -625,48 +648,118 @@ class TestCalls:
     @pytest.mark.parametrize("room", [1, 2, 3, 6, 100])
     def test_whatever_fits_every_lora_has_its_rows(self, rows, limit, room):
         model = make_model()
-        loras = make_loras(model)
+        loras = [*make_loras(model), {}]
         inputs = make_inputs(rows)
-        group = [2, 0, 1]
+        everything = rows_of([-1, 2, 0, 1], rows)
         memory = Memory(model, inputs, room)
         isolated = IsolatedCalls(Isolation(layers_of(model), loras), limit)
-        actual = isolated(group, rows, memory)
-        for segment, index in enumerate(group):
-            assert_same(actual[segment], alone(model, loras[index], inputs), 1e-12)
+        actual = isolated(everything, memory)
+        for segment, index in enumerate([-1, 2, 0, 1]):
+            assert_same(actual[segment * rows : (segment + 1) * rows], alone(model, loras[index], inputs), 1e-12)
         assert hooks(model) == 0
         if limit is not None:
-            assert all(len(positions) * (stop - start) <= limit for positions, start, stop in memory.calls)
-        done = [call for call in memory.calls if len(call[0]) * (call[2] - call[1]) <= room]
-        cells = [
-            (position, row) for positions, start, stop in done for position in positions for row in range(start, stop)
-        ]
-        assert sorted(cells) == [(position, row) for position in range(3) for row in range(rows)], "nothing twice"
+            assert all(len(batch) <= limit for batch in memory.calls)
+        assert memory.done == everything, "nothing twice"
+
+    @pytest.mark.parametrize("limit", [None, 1, 2, 3, 4, 5])
+    def test_loras_may_have_fewer_rows_than_the_base_model(self, limit):
+        model = make_model()
+        loras = [*make_loras(model), {}]
+        inputs = make_inputs(3)
+        everything = [*rows_of([-1], 3), (0, 0), (0, 1), (3, 0), (3, 1), (2, 2)]
+        actual = IsolatedCalls(Isolation(layers_of(model), loras), limit)(everything, Memory(model, inputs, 100))
+        for predicted, (lora, row) in zip(actual, everything, strict=True):
+            assert_same(predicted, alone(model, loras[lora], inputs)[row], 1e-12)
 
     def test_all_in_one_call_where_memory_allows(self):
         model = make_model()
         memory = Memory(model, make_inputs(2), 100)
-        IsolatedCalls(Isolation(layers_of(model), make_loras(model)))([0, 1, 2, 3], 2, memory)
-        assert memory.calls == [([0, 1, 2, 3], 0, 2)]
+        IsolatedCalls(Isolation(layers_of(model), make_loras(model)))(rows_of([0, 1, 2, 3], 2), memory)
+        assert memory.calls == [rows_of([0, 1, 2, 3], 2)]
+
+    @pytest.mark.parametrize(
+        "rows, limit, sizes",
+        [
+            (rows_of(range(4), 2), 7, [4, 4]),
+            (rows_of(range(5), 2), 8, [6, 4]),
+            (rows_of(range(3), 5), 2, [2, 2, 1] * 3),
+            ([*rows_of([-1], 2), (0, 0), (1, 0), (2, 0)], 4, [3, 2]),
+        ],
+    )
+    def test_batches_are_few_and_even_and_do_not_part_a_lora_without_need(self, rows, limit, sizes):
+        model = make_model()
+        memory = Memory(model, make_inputs(5), 100)
+        IsolatedCalls(Isolation(layers_of(model), [*make_loras(model), {}, {}]), limit)(rows, memory)
+        assert [len(batch) for batch in memory.calls] == sizes
 
     def test_the_smaller_limit_stays(self):
         model = make_model()
         memory = Memory(model, make_inputs(2), 4)
         isolated = IsolatedCalls(Isolation(layers_of(model), make_loras(model)))
-        isolated([0, 1, 2, 3], 2, memory)
+        isolated(rows_of([0, 1, 2, 3], 2), memory)
         assert isolated.limit == 4 and len(memory.calls) == 3
-        isolated([0, 1, 2, 3], 2, memory)
+        isolated(rows_of([0, 1, 2, 3], 2), memory)
         assert len(memory.calls) == 5, "not tried at full size again"
 
     def test_not_even_one_row_fits(self):
         model = make_model()
         isolated = IsolatedCalls(Isolation(layers_of(model), make_loras(model)))
         with pytest.raises(RuntimeError, match="out of memory"):
-            isolated([0, 1], 1, Memory(model, make_inputs(1), 0))
+            isolated(rows_of([0, 1], 1), Memory(model, make_inputs(1), 0))
         assert hooks(model) == 0
 
     def test_other_errors_are_not_tried_again(self):
         model = make_model()
         memory = Memory(model, make_inputs(1), 0, "mat1 and mat2 shapes cannot be multiplied")
         with pytest.raises(RuntimeError, match="mat1"):
-            IsolatedCalls(Isolation(layers_of(model), make_loras(model)))([0, 1], 1, memory)
+            IsolatedCalls(Isolation(layers_of(model), make_loras(model)))(rows_of([0, 1], 1), memory)
         assert len(memory.calls) == 1 and hooks(model) == 0
+
+    @pytest.mark.parametrize(
+        "free, limit, sizes",
+        [
+            (10**6, None, [2, 8]),
+            (450, None, [2, 4, 4]),
+            (450, 3, [2, 2, 2, 2, 2]),
+            (99, None, [2] + [1] * 8),
+        ],
+        ids=["plenty", "four rows", "a limit besides", "hardly any"],
+    )
+    def test_what_fits_is_known_before_it_is_tried(self, free, limit, sizes):
+        """The first batch is the host's own pass; it is measured, once."""
+        model = make_model()
+        loras = [*make_loras(model), {}]
+        inputs = make_inputs(2)
+        gauge, memory = Gauge(free), Memory(model, inputs, 100)
+        isolated = IsolatedCalls(Isolation(layers_of(model), loras), limit, gauge)
+        everything = rows_of([-1, 0, 1, 2, 3], 2)
+        first = isolated(everything, memory)
+        assert [len(batch) for batch in memory.calls] == sizes and gauge.batches == [2]
+        again = isolated(everything, memory)
+        assert gauge.batches == [2] and memory.done == everything * 2
+        for predicted in (first, again):
+            for segment, index in enumerate([-1, 0, 1, 2, 3]):
+                assert_same(predicted[2 * segment : 2 * segment + 2], alone(model, loras[index], inputs), 1e-12)
+
+    def test_a_measured_batch_that_does_not_fit_is_halved_and_measured(self):
+        model = make_model()
+        gauge, memory = Gauge(300), Memory(model, make_inputs(4), 2)
+        isolated = IsolatedCalls(Isolation(layers_of(model), [*make_loras(model), {}]), None, gauge)
+        everything = rows_of([-1, 0], 4)
+        isolated(everything, memory)
+        assert [len(batch) for batch in memory.calls] == [4, 2, 2, 2, 2]
+        assert gauge.batches == [2] and isolated.limit == 2 and memory.done == everything
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+    def test_a_real_device_tells_what_a_call_takes(self):
+        device = torch.device("cuda")
+        memory = CudaMemory.of(device)
+        x = torch.ones(2**20, device=device)
+
+        def call():
+            return ((x + 1) * (x + 2)).sum()  # two intermediates of 4 MiB at least
+
+        _, spent = memory.measured(call)
+        assert 2**23 <= spent <= 2**25
+        free = memory.rows_that_fit(1)
+        assert memory.rows_that_fit(2) <= free / 2 + 1 and memory.rows_that_fit(10**18) == 1

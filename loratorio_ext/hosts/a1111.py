@@ -1,18 +1,20 @@
-"""AUTOMATIC1111's WebUI 1.10: the host's own UNet pass, and the isolated ones beside it.
+"""AUTOMATIC1111's WebUI 1.10: the host's own UNet pass, and the isolated rows in the same batch.
 
 Between the two callbacks of a step (``on_cfg_denoiser`` before the UNet, ``on_cfg_denoised`` after it) the host's list
-of LoRAs is empty, so that its pass is the base model's. Outside of that the host always sees its own list.
+of LoRAs is empty, and calls of its denoiser are answered here: rows without a LoRA are the base model's. Outside of
+that the host always sees its own list.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
-from modules import prompt_parser, script_callbacks, sd_unet, shared
+from modules import devices, prompt_parser, script_callbacks, sd_unet, shared
 from modules.sd_hijack import model_hijack
 from modules.sd_samplers_cfg_denoiser import catenate_conds, subscript_cond
 from torch import Tensor, nn
@@ -30,7 +32,17 @@ from loratorio_ext.hosts.webui import (
     tell_of_loras,
     tell_of_none,
 )
-from loratorio_ext.isolation import ROWS_OF_A_POOL, Branch, Delta, IsolatedCalls, Isolation, LowRank, in_main_memory
+from loratorio_ext.isolation import (
+    ROWS_OF_A_POOL,
+    Branch,
+    CudaMemory,
+    Delta,
+    IsolatedCalls,
+    Isolation,
+    LowRank,
+    Row,
+    in_main_memory,
+)
 
 logger = logging.getLogger("loratorio")
 
@@ -212,34 +224,74 @@ def noise_scaling(inner_model: nn.Module, x: Tensor, sigma: Tensor) -> tuple[Ten
     return x, gain
 
 
+@dataclass
 class HostPass:
-    """What the host gives its UNet in one step, observed at its denoiser: all rows, whatever calls they came in."""
+    """One step as the host hands it to its denoiser, conditional rows before unconditional ones, in one call or several.
 
-    def __init__(self):
-        self.calls: list[tuple[Tensor, Tensor, dict]] = []
+    ``conds_list``: the host's rows of each image, with weights; ``texts``: this step's conditionings for each of those whom
+    the plan asks, positive and negative. ``predicted``: what the denoiser said, by LoRA and row.
+    """
 
-    def record(self, denoiser: nn.Module, args: tuple, kwargs: dict) -> None:
-        x, sigma = args
-        self.calls.append((x, sigma, kwargs["cond"]))
+    plan: Plan
+    conds_list: list
+    texts: dict[int, tuple[Any, Any]]
+    x: list[Tensor] = field(default_factory=list)
+    sigma: list[Tensor] = field(default_factory=list)
+    predicted: dict[Row, Tensor] = field(default_factory=dict)
 
     @property
-    def x(self) -> Tensor:
-        return torch.cat([x for x, _, _ in self.calls])
+    def image_of_row(self) -> tuple[int, ...]:
+        """The image that each conditional row belongs to."""
+        return tuple(image for image, rows in enumerate(self.conds_list) for _ in rows)
 
     @property
-    def sigma(self) -> Tensor:
-        return torch.cat([sigma for _, sigma, _ in self.calls])
+    def conds(self) -> int:
+        return sum(map(len, self.conds_list))
 
-    def besides(self, text: Any) -> dict[str, Any]:
-        """The conditions that are not the text's (image conditioning, unCLIP's), for all rows: ``[rows, ...]`` each."""
-        first = self.calls[0][2]
-        names = [name for name in first if name not in (text if isinstance(text, dict) else ("c_crossattn",))]
-        return {name: torch.cat([listed(cond[name]) for _, _, cond in self.calls]) for name in names}
+    def wanted(self, rows: Sequence[int]) -> list[Row]:
+        """What the plan asks of these rows: the host's own predictions first, then each LoRA's."""
+        alone = [row for row in rows if self.plan.uncond or row < self.conds]
+        return [(self.plan.host, row) for row in rows] + [(lora, row) for lora in self.plan.isolated for row in alone]
+
+    def text_of(self, asked: Row) -> Any:
+        """The conditioning of one row, as who is to predict it reads the prompt: ``[1, tokens, C]``."""
+        lora, row = asked
+        cond, uncond = self.texts[lora]
+        text, row = (cond, row) if row < self.conds else (uncond, row - self.conds)
+        return subscript_cond(text, row, row + 1)
+
+    def of(self, lora: int, first: int, last: int) -> Tensor:
+        """The predictions of rows ``first`` to ``last``: ``[last - first, C, H, W]``."""
+        return torch.stack([self.predicted[lora, row] for row in range(first, last)])
 
 
-def listed(value: Any) -> Tensor:
-    """A condition that the host may hand over in a list of one."""
-    return value[0] if isinstance(value, list) else value
+@contextmanager
+def answered(model: nn.Module, answer: Callable[..., Tensor]) -> Iterator[None]:
+    """While entered, calls of ``model`` are answered by ``answer``, which is given the model's own ``forward``, too."""
+    own = vars(model).get("forward")
+    model.forward = partial(answer, model.forward)
+    try:
+        yield
+    finally:
+        if own is None:
+            del model.forward
+        else:
+            model.forward = own
+
+
+def text_at_step(text: tuple[Any, Any], step: int) -> tuple[list, Any, Any]:
+    """The rows of each image (``conds_list``), and the conditionings of a step, positive and negative."""
+    conds_list, cond = prompt_parser.reconstruct_multicond_batch(text[0], step)
+    return conds_list, cond, prompt_parser.reconstruct_cond_batch(text[1], step)
+
+
+def text_and_others(cond: dict[str, Any], like: Any) -> tuple[Any, dict[str, Tensor]]:
+    """The conditions of a call of the host's denoiser: the text, in the form of ``like``, and what is not the text's
+    (image conditioning, unCLIP's) by name, ``[rows, ...]`` each."""
+    of_the_text = like if isinstance(like, dict) else ("c_crossattn",)
+    values = {name: value[0] if isinstance(value, list) else value for name, value in cond.items()}
+    text = {name: values.pop(name) for name in of_the_text}
+    return (text if isinstance(like, dict) else text["c_crossattn"]), values
 
 
 def as_condition(text: Any, besides: dict[str, Tensor]) -> dict[str, Any]:
@@ -274,7 +326,7 @@ class A1111Sampling:
         self.isolated = self.generation.once((self.model, multipliers), self.isolate)
         self.isolation = self.isolated.isolation
         key = (self.model, multipliers, prompts_of_pass(self.p))
-        self.base_text, self.texts = self.generation.once(key, self.encode_all)
+        self.texts = self.generation.once(key, self.encode_all)
 
     def isolate(self) -> IsolatedCalls:
         """The LoRAs' branches on the UNet's layers."""
@@ -285,15 +337,16 @@ class A1111Sampling:
                 branches.append(fitting)
                 if misfits:
                     self.generation.note(f"{lora.name} does not fit {len(misfits)} layers of this model")
-        isolation = Isolation(shared.sd_model.network_layer_mapping, branches)
+        # The last one, without a branch, makes `Plan.BASE` an index like any other.
+        isolation = Isolation(shared.sd_model.network_layer_mapping, [*branches, {}])
         limits = [] if shared.opts.batch_cond_uncond else [self.p.batch_size]
         limits += [ROWS_OF_A_POOL] if self.settings.pool else []
-        return IsolatedCalls(isolation, min(limits, default=None))
+        return IsolatedCalls(isolation, min(limits, default=None), CudaMemory.of(devices.device))
 
-    def encode_all(self) -> tuple[Any, list[Any]]:
-        """The prompts' schedules of conditionings: the bare model's, and each LoRA's."""
+    def encode_all(self) -> list[Any]:
+        """The prompts' schedules of conditionings: each LoRA's, and last (`Plan.BASE`) the bare model's."""
         base = self.encode([])
-        return base, [self.encode([lora]) if speaks_to_text_encoder(lora) else base for lora in self.loras]
+        return [*(self.encode([lora]) if speaks_to_text_encoder(lora) else base for lora in self.loras), base]
 
     def encode(self, active: Sequence[Any]) -> tuple[Any, Any]:
         """Schedules of conditionings, positive and negative, with just the LoRAs ``active``."""
@@ -302,7 +355,7 @@ class A1111Sampling:
             return encode(self.p)
 
     def before_unet(self, params: script_callbacks.CFGDenoiserParams) -> None:
-        """``on_cfg_denoiser``: let the host's own pass be the one the plan asks for."""
+        """``on_cfg_denoiser``: let the host's own pass be the one the plan asks for, with the isolated rows beside it."""
         denoiser = params.denoiser
         self.step.close()
         if denoiser.p is not self.p or self.generation.error is not None:
@@ -314,101 +367,87 @@ class A1111Sampling:
             self.plan = plan_step(self.generation, self.method, denoiser, len(self.loras))
             if self.plan.host == Plan.MERGED:
                 return
-            text = self.base_text if self.plan.host == Plan.BASE else self.texts[self.plan.host]
-            self.conds_list, params.text_cond, params.text_uncond = self.text_at_step(text)
-            self.host_pass = HostPass()
+            whom = dict.fromkeys((self.plan.host, *self.plan.isolated))
+            at_step = {lora: text_at_step(self.texts[lora], denoiser.step) for lora in whom}
+            conds_list, params.text_cond, params.text_uncond = at_step[self.plan.host]
+            texts = {lora: pad_to_each_other(denoiser, *text) for lora, (_, *text) in at_step.items()}
+            self.host_pass = HostPass(self.plan, conds_list, texts)
             self.step.enter_context(only(self.networks, []))
-            hook = denoiser.inner_model.register_forward_pre_hook(self.host_pass.record, with_kwargs=True)
-            self.step.callback(hook.remove)
-            if self.plan.host >= 0:
-                self.step.enter_context(self.isolation.rows([self.plan.host]))
+            self.step.enter_context(answered(denoiser.inner_model, self.answer))
 
-    def text_at_step(self, text: tuple[Any, Any]) -> tuple[list, Any, Any]:
-        """The rows of each image (``conds_list``), and the conditionings of this step, positive and negative."""
-        conds_list, cond = prompt_parser.reconstruct_multicond_batch(text[0], self.denoiser.step)
-        return conds_list, cond, prompt_parser.reconstruct_cond_batch(text[1], self.denoiser.step)
+    def answer(self, denoise: Callable[..., Tensor], x: Tensor, sigma: Tensor, cond: dict[str, Any]) -> Tensor:
+        """In place of a call of the host's denoiser: its rows, and beside them the isolated LoRAs'."""
+        try:
+            return self.evaluate(denoise, x, sigma, cond)
+        except Exception as error:
+            self.generation.fail(error)
+            raise self.generation.error from error
+
+    def evaluate(self, denoise: Callable[..., Tensor], x: Tensor, sigma: Tensor, cond: dict[str, Any]) -> Tensor:
+        """The predictions for rows ``x [R, C, H, W]``, the next ones of this step; those of isolated LoRAs are kept."""
+        host_pass, first = self.host_pass, sum(map(len, self.host_pass.x))
+        host_pass.x.append(x)
+        host_pass.sigma.append(sigma)
+        rows = range(first, first + len(x))
+        texts = {asked: host_pass.text_of(asked) for asked in host_pass.wanted(rows)}
+        given, besides = text_and_others(cond, texts[self.plan.host, first])
+        # The host's own rows keep what it gives them: another extension may have changed it.
+        texts.update({(self.plan.host, row): subscript_cond(given, row - first, row - first + 1) for row in rows})
+
+        def call(batch: Sequence[Row]) -> Tensor:
+            here = [row - first for _, row in batch]
+            text = catenate_conds([texts[asked] for asked in batch])
+            others = {name: value[here] for name, value in besides.items()}
+            return denoise(x[here], sigma[here], cond=as_condition(text, others))
+
+        # A word that one LoRA's file brings along can make the prompt longer for it than for the others; and without
+        # padding the negative prompt may be of another length.
+        for length in dict.fromkeys(map(token_count, texts.values())):
+            batch = [asked for asked, text in texts.items() if token_count(text) == length]
+            host_pass.predicted.update(zip(batch, self.isolated(batch, call)))
+        return host_pass.of(self.plan.host, first, rows.stop)
 
     def after_unet(self, params: script_callbacks.CFGDenoisedParams) -> None:
-        """``on_cfg_denoised``: evaluate the isolated LoRAs and put the composed rows in the host's place."""
+        """``on_cfg_denoised``: put the composed rows in the place of the host's."""
         self.step.close()
         if self.generation.error is not None or self.plan.host == Plan.MERGED:
             return
         if self.denoiser.inner_model is not params.inner_model:
             return
         with self.generation.guarded():
-            with only(self.networks, []):
-                predictions = self.predict(params.x)
+            predictions = self.predictions(params.x)
             composed = self.method.combine(predictions)
             names = [lora.name for lora in self.loras]
             self.generation.record(names, composed.weights, predictions.image_of_row)
-            write_rows(params.x, composed, self.conds_list)
+            write_rows(params.x, composed, self.host_pass.conds_list)
 
-    def predict(self, output: Tensor) -> Predictions:
+    def predictions(self, output: Tensor) -> Predictions:
         """All predictions of this step; ``output`` is the host's own pass, conditional rows before unconditional."""
-        x, sigma = self.host_pass.x, self.host_pass.sigma
-        image_of_row = tuple(image for image, rows in enumerate(self.conds_list) for _ in rows)
-        conds = len(image_of_row)
+        host_pass, conds = self.host_pass, self.host_pass.conds
+        x, sigma = torch.cat(host_pass.x), torch.cat(host_pass.sigma)
         uncond_evaluated = len(x) > conds
-        cond, uncond = self.evaluate_isolated(x, sigma, conds, self.plan.uncond and uncond_evaluated)
+
+        def isolated(first: int, last: int) -> Tensor:
+            rows = [host_pass.of(lora, first, last) for lora in self.plan.isolated]
+            return torch.stack(rows) if rows else x.new_empty(0, last - first, *x.shape[1:])
 
         kept, gain = noise_scaling(self.denoiser.inner_model, x[:conds], sigma[:conds])
+        cond = isolated(0, conds)
         return Predictions(
             host_cond=output[:conds],
             host_uncond=output[conds:] if uncond_evaluated else None,
             cond=cond,
-            uncond=uncond,
+            uncond=isolated(conds, len(x)) if self.plan.uncond and uncond_evaluated else None,
             eps_base=(output[:conds] - kept) / gain,
             eps=(cond - kept) / gain,
-            image_of_row=image_of_row,
+            image_of_row=host_pass.image_of_row,
             gain=gain[0],
         )
-
-    def evaluate_isolated(
-        self, x: Tensor, sigma: Tensor, conds: int, with_uncond: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """The plan's LoRAs, each alone: ``[N, conds, C, H, W]``, and ``[N, B, C, H, W]`` where asked for."""
-        group = self.plan.isolated
-        if not group:
-            return x.new_empty(0, conds, *x.shape[1:]), x.new_empty(0, len(x) - conds, *x.shape[1:])
-        texts = [pad_to_each_other(self.denoiser, *self.text_at_step(self.texts[lora])[1:]) for lora in group]
-        besides = self.host_pass.besides(texts[0][0])
-
-        def run(text_of: list, first: int, last: int) -> Tensor:
-            """Rows ``first`` to ``last`` of the host's pass under each LoRA, with the LoRA's own text for them."""
-            results: dict[int, Tensor] = {}
-            # A word that one LoRA's file brings along can make the prompt longer for it than for the others.
-            for length in dict.fromkeys(map(token_count, text_of)):
-                members = [i for i, text in enumerate(text_of) if token_count(text) == length]
-
-                def call(positions: Sequence[int], part: slice, members=members) -> Tensor:
-                    rows, times = slice(first + part.start, first + part.stop), len(positions)
-                    text = catenate_conds(
-                        [subscript_cond(text_of[members[i]], part.start, part.stop) for i in positions]
-                    )
-                    others = {name: repeat_rows(value[rows], times) for name, value in besides.items()}
-                    return self.denoiser.inner_model(
-                        repeat_rows(x[rows], times), sigma[rows].repeat(times), cond=as_condition(text, others)
-                    )
-
-                results.update(zip(members, self.isolated([group[i] for i in members], last - first, call)))
-            return torch.stack([results[i] for i in range(len(group))])
-
-        if not with_uncond:
-            return run([cond for cond, _ in texts], 0, conds), None
-        if all(token_count(cond) == token_count(uncond) for cond, uncond in texts):
-            rows = run([catenate_conds(text) for text in texts], 0, len(x))
-            return rows[:, :conds], rows[:, conds:]
-        return run([cond for cond, _ in texts], 0, conds), run([uncond for _, uncond in texts], conds, len(x))
 
 
 def token_count(text: Any) -> int:
     """Length of a conditioning, which is ``[rows, tokens, C]`` or, for SDXL, in a dict."""
     return (text["crossattn"] if isinstance(text, dict) else text).shape[1]
-
-
-def repeat_rows(rows: Tensor, times: int) -> Tensor:
-    """The batch ``times`` over, one copy after the other."""
-    return rows.repeat(times, *[1] * (rows.ndim - 1))
 
 
 def write_rows(output: Tensor, composed: ComposedStep, conds_list: list) -> None:

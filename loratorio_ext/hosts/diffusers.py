@@ -46,7 +46,7 @@ from torch import Tensor, nn
 
 from loratorio_ext.core import Plan, Predictions, method_from, patch_similarity
 from loratorio_ext.errors import FileFormatError, MissingFileError, SettingsError, UnsupportedError
-from loratorio_ext.isolation import ROWS_OF_A_POOL, IsolatedCalls, Isolation, LowRank
+from loratorio_ext.isolation import ROWS_OF_A_POOL, CudaMemory, IsolatedCalls, Isolation, LowRank, Row
 from loratorio_ext.settings import Settings, nearest_name
 
 UNET = "unet"
@@ -323,15 +323,14 @@ def with_text(arguments: Mapping[str, Any], text: Mapping[str, Tensor]) -> dict[
     return given
 
 
-def repeat_rows(value: Any, part: slice, times: int, rows: int) -> Any:
-    """Rows ``part`` of every tensor that has ``rows`` rows, ``times`` over, however deep in containers."""
+def take_rows(value: Any, rows: list[int], count: int) -> Any:
+    """These rows of every tensor that has ``count`` rows, however deep in containers."""
     if isinstance(value, Tensor):
-        has_rows = value.ndim > 0 and len(value) == rows
-        return value[part].repeat(times, *[1] * (value.ndim - 1)) if has_rows else value
+        return value[rows] if value.ndim > 0 and len(value) == count else value
     if isinstance(value, Mapping):
-        return {name: repeat_rows(each, part, times, rows) for name, each in value.items()}
+        return {name: take_rows(each, rows, count) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(repeat_rows(each, part, times, rows) for each in value)
+        return type(value)(take_rows(each, rows, count) for each in value)
     return value
 
 
@@ -405,11 +404,16 @@ class Composition(ModelHook):
         self.method = method_from(settings)
         # The last one, without a branch, makes `Plan.BASE` an index like any other.
         self.isolation = Isolation(layers_of(pipe), [*(lora.branches for lora in loras), {}])
-        self.isolated = IsolatedCalls(self.isolation, ROWS_OF_A_POOL if any(lora.pooled for lora in loras) else None)
+        self.isolated = self.isolated_calls()
         self.encode = pipe.encode_prompt
         self.texts: dict[int, dict[str, Tensor]] = {}
         self.guided = False
         self.steps: list[Step] = []
+
+    def isolated_calls(self) -> IsolatedCalls:
+        """Model calls whose size is not settled yet."""
+        limit = ROWS_OF_A_POOL if any(lora.pooled for lora in self.loras) else None
+        return IsolatedCalls(self.isolation, limit, CudaMemory.of(torch.device(self.pipe._execution_device)))
 
     def acting(self, whom: int) -> AbstractContextManager:
         """While entered, the models hold what ``whom`` says: a LoRA's index, `Plan.BASE` or `Plan.MERGED`."""
@@ -424,6 +428,7 @@ class Composition(ModelHook):
         """
         base = self.encode(*args, **kwargs)
         self.steps = []
+        self.isolated = self.isolated_calls()  # images may be of another size than before
         self.guided = base[1] is not None
         self.texts = dict.fromkeys((Plan.BASE, Plan.MERGED, *range(len(self.loras))), unet_text(base))
         speaking = [index for index, lora in enumerate(self.loras) if lora.speaks_to_text_encoder]
@@ -497,24 +502,21 @@ class Composition(ModelHook):
     def predict(self, plan: Plan, arguments: Mapping[str, Any], unconds: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """The plan's host ``[unconds + R, C, H, W]``, its isolated LoRAs ``[N, R, C, H, W]``, and where asked for their
         unconditional rows ``[N, unconds, C, H, W]``."""
-        if plan.uncond:  # as many rows for the host as for each LoRA: one batch
-            output, *isolated = self.evaluate_each((plan.host, *plan.isolated), arguments)
-            isolated = torch.stack(isolated) if isolated else output.new_empty(0, *output.shape)
-            return output, isolated[:, unconds:], isolated[:, :unconds] if unconds else None
-        (output,) = self.evaluate_each((plan.host,), arguments)
-        return output, self.evaluate_each(plan.isolated, arguments, first=unconds), None
+        count, first = len(arguments["sample"]), 0 if plan.uncond else unconds
+        rows = [(plan.host, row) for row in range(count)]
+        rows += [(lora, row) for lora in plan.isolated for row in range(first, count)]
 
-    def evaluate_each(self, group: Sequence[int], arguments: Mapping[str, Any], first: int = 0) -> Tensor:
-        """The rows from ``first`` on, under each of ``group`` (LoRAs, `Plan.BASE`): ``[len(group), R, C, H, W]``."""
-        count = len(arguments["sample"])
+        def call(batch: Sequence[Row]) -> Tensor:
+            text = {
+                name: torch.stack([self.texts[lora][name][row] for lora, row in batch])
+                for name in self.texts[plan.host]
+            }
+            return self.evaluate(with_text(take_rows(arguments, [row for _, row in batch], count), text))
 
-        def call(positions: Sequence[int], part: slice) -> Tensor:
-            part = slice(first + part.start, first + part.stop)
-            texts = [self.texts[group[position]] for position in positions]
-            text = {name: torch.cat([each[name][part] for each in texts]) for name in texts[0]}
-            return self.evaluate(with_text(repeat_rows(arguments, part, len(positions), count), text))
-
-        return self.isolated(group, count - first, call)
+        output, isolated = self.isolated(rows, call).split([count, len(rows) - count])
+        isolated = isolated.unflatten(0, (len(plan.isolated), count - first))
+        cond, uncond = isolated[:, unconds - first :], isolated[:, : unconds - first]
+        return output, cond, uncond if plan.uncond and unconds else None
 
     @contextmanager
     def installed(self) -> Iterator[None]:

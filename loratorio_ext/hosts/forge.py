@@ -33,7 +33,7 @@ from loratorio_ext.hosts.webui import (
     tell_of_loras,
     tell_of_none,
 )
-from loratorio_ext.isolation import ROWS_OF_A_POOL, BatchedCalls, Isolation, in_main_memory
+from loratorio_ext.isolation import ROWS_OF_A_POOL, BatchedCalls, Isolation, Row, in_main_memory
 
 logger = logging.getLogger("loratorio")
 
@@ -304,18 +304,17 @@ class ForgeSampling:
 
     def predict(self, step: HostStep, plan: Plan, number: int) -> ComposedStep:
         """One prediction an AND part and image, ``[J * B, C, H, W]``, and an unconditional one an image."""
-        parts, everything = len(step.cond), range(len(step.entries))
-        host = self.evaluate(step, number, [(plan.host, entry) for entry in everything])
+        parts, everything = len(step.cond), len(step.entries)
+        each = everything if plan.uncond else parts
+        chunks = [(plan.host, entry) for entry in range(everything)]
+        chunks += [(lora, entry) for lora in plan.isolated for entry in range(each)]
+
+        output = self.calls(chunks, lambda batch: self.evaluate(step, number, batch))
+        host, alone = output.split([everything, len(chunks) - everything])
         cond, uncond = host[:parts].flatten(0, 1), host[parts] if step.uncond else None
         if not plan.isolated:
             return ComposedStep(cond, uncond)
-
-        def call(positions: Sequence[int], part: slice) -> Tensor:
-            return self.evaluate(
-                step, number, [(plan.isolated[at], entry) for at in positions for entry in everything[part]]
-            )
-
-        alone = self.calls(len(plan.isolated), len(everything) if plan.uncond else parts, call)
+        alone = alone.unflatten(0, (len(plan.isolated), each))
         predictions = Predictions(
             host_cond=cond,
             host_uncond=uncond,
@@ -336,7 +335,7 @@ class ForgeSampling:
             return step.entries[index]
         return with_text(step.entries[index], text_at_step(self.texts_of[lora], number)[index])
 
-    def evaluate(self, step: HostStep, number: int, chunks: Sequence[tuple[int, int]]) -> Tensor:
+    def evaluate(self, step: HostStep, number: int, chunks: Sequence[Row]) -> Tensor:
         """``[len(chunks), B, C, H, W]``: x0 of each chunk, which is a LoRA and one of the host's entries."""
         others = step.options.get("model_function_wrapper")
         results: dict[int, Tensor] = {}

@@ -1,4 +1,4 @@
-"""In how many model calls the isolated LoRAs are evaluated: all rows in one where memory allows."""
+"""In how many model calls a step's rows are evaluated: all in one where memory allows."""
 
 import logging
 from collections import deque
@@ -7,26 +7,33 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from loratorio_ext.isolation.rows import Isolation
+from loratorio_ext.isolation.memory import CudaMemory
+from loratorio_ext.isolation.rows import Isolation, shared_length
 
 logger = logging.getLogger("loratorio")
 
 ROWS_OF_A_POOL = 16
 """At most so many rows of a pool of LoRAs run in one batch: more is no faster, and there may be many of them."""
 
-Batch = tuple[Sequence[int], slice]
-"""LoRAs (positions in the group) and the rows of each that one model call holds."""
+Row = tuple[int, int]
+"""Who is to predict (an index of the isolation's LoRAs), and which row of the model's input."""
+Call = Callable[[Sequence[Row]], Tensor]
+"""Runs the model on such rows: ``[len(rows), ...]``, in their order."""
 
 
-def split(loras: Sequence[int], rows: slice, limit: int) -> list[Batch]:
-    """Batches of at most ``limit`` rows that cover ``rows`` of every LoRA, as few and as even as can be."""
-    count = rows.stop - rows.start
-    if count > limit:
-        starts = range(rows.start, rows.stop, limit)
-        return [([lora], slice(start, min(start + limit, rows.stop))) for lora in loras for start in starts]
-    calls = -(-len(loras) // (limit // count))
-    size = -(-len(loras) // calls)
-    return [(loras[start : start + size], rows) for start in range(0, len(loras), size)]
+def pieces(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
+    """Consecutive pieces of this size, the last one maybe shorter."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def split(rows: Sequence[Row], limit: int) -> list[Sequence[Row]]:
+    """Batches of at most ``limit`` rows, as few and as even as can be without parting what belongs to one LoRA."""
+    unit = shared_length([lora for lora, _ in rows])
+    if unit > limit:
+        return [piece for of_one_lora in pieces(rows, unit) for piece in pieces(of_one_lora, limit)]
+    units = len(rows) // unit
+    calls = -(-units // (limit // unit))
+    return pieces(rows, unit * -(-units // calls))
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -35,57 +42,67 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 class BatchedCalls:
-    """Evaluates LoRAs in batches of at most ``limit`` rows (None: all at once).
+    """Evaluates rows in batches of at most ``limit`` of them (None: all at once).
 
-    When memory runs out ``forget()`` frees what was kept for larger batches, the limit is halved, nothing that was
-    computed is lost, and the smaller limit stays.
+    Where the device tells its ``memory``, the first batch holds one LoRA's rows only (most often those of the host's own
+    pass, which must fit anyway); it is measured, and tells how many rows fit into what is free. When memory runs out
+    all the same, ``forget()`` frees what was kept for larger batches, the limit is halved, nothing that was computed is
+    lost, and the smaller limit stays.
     """
 
-    def __init__(self, forget: Callable[[], None], limit: int | None = None):
-        self.forget, self.limit = forget, limit
+    def __init__(self, forget: Callable[[], None], limit: int | None = None, memory: CudaMemory | None = None):
+        self.forget, self.limit, self.memory = forget, limit, memory
 
-    def __call__(self, loras: int, rows: int, call: Callable[[Sequence[int], slice], Tensor]) -> Tensor:
-        """``[loras, rows, ...]``: what the model says of each row under each of so many LoRAs.
-
-        ``call(positions, part)`` runs the model on rows ``part`` for the LoRAs at these positions, one LoRA's rows
-        after the other's.
-        """
-        results: list[list[Tensor]] = [[] for _ in range(loras)]
-        work = deque(split(range(loras), slice(0, rows), self.limit or loras * rows))
+    def __call__(self, rows: Sequence[Row], call: Call) -> Tensor:
+        """``[len(rows), ...]``: what the model says of each of at least one row."""
+        first = 0 if self.memory is None else shared_length([lora for lora, _ in rows])
+        work = deque(filter(None, (rows[:first], rows[first:])))
+        results: list[Tensor] = []
         while work:
-            positions, part = work.popleft()
+            batch = work.popleft()
+            if self.limit is not None and len(batch) > self.limit:
+                work.extendleft(reversed(split(batch, self.limit)))
+                continue
             try:
-                output = call(positions, part)
+                results.append(self.evaluate(batch, call))
             except RuntimeError as error:
-                attempted = len(positions) * (part.stop - part.start)
-                if attempted == 1 or not is_out_of_memory(error):
+                if len(batch) == 1 or not is_out_of_memory(error):
                     raise
-                self.limit = attempted // 2
-                logger.warning("Out of memory with %d rows in a batch: going on with %d", attempted, self.limit)
-                work.extendleft(reversed(split(positions, part, self.limit)))
+                self.limit = len(batch) // 2
+                logger.warning("Out of memory with %d rows in a batch: going on with %d", len(batch), self.limit)
             else:
-                for position, predicted in zip(positions, output.chunk(len(positions))):
-                    results[position].append(predicted)
                 continue
             # Out of the handler, whose traceback would keep the failed call's tensors alive.
+            work.appendleft(batch)
             self.forget()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-        return torch.stack([torch.cat(parts) for parts in results])
+        return torch.cat(results)
+
+    def evaluate(self, batch: Sequence[Row], call: Call) -> Tensor:
+        """One model call; the very first is measured where that is possible, and sets the limit."""
+        if self.memory is None:
+            return call(batch)
+        output, spent = self.memory.measured(lambda: call(batch))
+        fitting = self.memory.rows_that_fit(spent / len(batch))
+        self.limit = fitting if self.limit is None else min(self.limit, fitting)
+        self.memory = None
+        logger.debug("%d bytes for %d rows: %d rows in a batch at most", spent, len(batch), self.limit)
+        return output
 
 
 class IsolatedCalls(BatchedCalls):
-    """Evaluates LoRAs, each alone: around every call the rows of its batch are theirs."""
+    """Evaluates rows under their LoRAs: around every call each row of its batch is its LoRA's."""
 
-    def __init__(self, isolation: Isolation, limit: int | None = None):
-        super().__init__(isolation.forget, limit)
+    def __init__(self, isolation: Isolation, limit: int | None = None, memory: CudaMemory | None = None):
+        super().__init__(isolation.forget, limit, memory)
         self.isolation = isolation
 
-    def __call__(self, group: Sequence[int], rows: int, call: Callable[[Sequence[int], slice], Tensor]) -> Tensor:
-        """As `BatchedCalls`, for the LoRAs ``group``; positions count in it."""
+    def __call__(self, rows: Sequence[Row], call: Call) -> Tensor:
+        """As `BatchedCalls`."""
 
-        def isolated(positions: Sequence[int], part: slice) -> Tensor:
-            with self.isolation.rows([group[position] for position in positions]):
-                return call(positions, part)
+        def isolated(batch: Sequence[Row]) -> Tensor:
+            with self.isolation.rows([lora for lora, _ in batch]):
+                return call(batch)
 
-        return super().__call__(len(group), rows, isolated)
+        return super().__call__(rows, isolated)

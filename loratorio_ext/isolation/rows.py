@@ -1,30 +1,27 @@
 """Which rows of a batch belong to which LoRA, and the hooks that give each row its own."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
 from loratorio_ext.isolation.branches import Branch, stack
-
-BUDGET_ELSEWHERE = 2**32
-"""Bytes for stacked matrices where the device does not tell how much memory it has: 4 GiB."""
+from loratorio_ext.isolation.memory import budget_for_matrices
 
 
-def memory_budget(device: torch.device) -> int:
-    """Bytes that stacked matrices may take on a device: on CUDA, half of what is free now."""
-    if device.type != "cuda":
-        return BUDGET_ELSEWHERE
-    free, _ = torch.cuda.mem_get_info(device)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return (free + unused) // 2
+def shared_length(group: Sequence[int]) -> int:
+    """The largest number of consecutive rows into which ``group``, the LoRA of each row, can be cut so that no piece
+    holds two LoRAs' rows: 2 for ``0 0 1 1 2 2``, 1 for ``0 0 1 2``."""
+    return math.gcd(*(len(list(run)) for _, run in groupby(group)))
 
 
 class Stacks:
     """What was stacked for layers and groups, the least recently used given up where it would take more than ``budget``
-    bytes (None: what `memory_budget` says, asked when the first is kept)."""
+    bytes (None: what `budget_for_matrices` says, asked when the first is kept)."""
 
     def __init__(self, budget: int | None = None):
         self._asked = self.budget = budget
@@ -48,7 +45,7 @@ class Stacks:
         """Keep what fits into the budget by itself, and make room for it."""
         size = sum(each.nbytes for each in ready)
         if self.budget is None:
-            self.budget = memory_budget(device)
+            self.budget = budget_for_matrices(device)
         if size > self.budget:
             return
         while self.nbytes + size > self.budget:
@@ -81,8 +78,9 @@ class Isolation:
 
     @contextmanager
     def rows(self, group: Sequence[int]) -> Iterator[None]:
-        """While entered, a batch holds the rows of the LoRAs ``group`` (indices), in this order, equally many each."""
-        group = tuple(group)
+        """While entered, a batch holds the rows of the LoRAs ``group`` (indices), in this order, equally many for each
+        entry."""
+        group = tuple(group[:: shared_length(group) or 1])  # as few segments as can be, so that each LoRA is stacked once
         handles = []
         try:
             for name, layer in self.layers.items():

@@ -235,7 +235,7 @@ def test_off_is_off_with_a_pool(contract):
 def test_an_error_in_the_middle_of_a_pool_leaves_nothing_behind(contract):
     before = contract.plain(prompt=TWO), contract.plain(prompt=PLAIN), contract.composed(CHOSEN, prompt=PLAIN)
     composition = {"LoRAtorio": {"args": [{"enabled": True, **CHOSEN}]}}
-    sabotage = {"LoRAtorio sabotage": {"args": [{"error": "runtime", "step": 3, "call": 2}]}}
+    sabotage = {"LoRAtorio sabotage": {"args": [{"error": "runtime", "step": 3}]}}
     with pytest.raises(RequestError, match="sabotaged"):
         contract.generate({"prompt": PLAIN}, composition | sabotage)
     assert equal(before[0], contract.plain(prompt=TWO))

@@ -1,8 +1,8 @@
 """A WebUI script that makes model calls fail, for the tests.
 
 Its one argument is a dict, or None to do nothing: ``error`` ("runtime", "memory", "interrupt"), ``step`` the model call
-of the sampler at which it happens (None: at all), ``call`` which UNet call of that step fails (1: the host's own), and
-``rows`` the largest number of rows that still goes through.
+of the sampler at which it happens (None: at all), ``call`` the UNet call of that step from which on they fail (1: the first), and ``rows`` the largest
+number of rows that still goes through.
 """
 
 import torch
@@ -46,7 +46,7 @@ def before_unet(params):
         if sabotage.calls >= plan.get("call", 1) and len(args[0]) > plan.get("rows", 0):
             raise ERRORS[plan["error"]]()
 
-    sabotage.hook = params.denoiser.inner_model.register_forward_pre_hook(fail)
+    sabotage.hook = shared.sd_model.model.register_forward_pre_hook(fail)
 
 
 class SabotageScript(scripts.Script):
