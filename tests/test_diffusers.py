@@ -266,10 +266,43 @@ class TestConsequences:
         pipe = pipes["sd1"]
         loras = loras_of(pipe, files["sd1"])
         expected = generate(pipe, loras, **OPTIONS).double()
-        for limit in (1, 3, 8):
-            with composed(pipe, loras, **OPTIONS) as composition:
-                composition.isolated.limit = limit
-                assert relative_error(pipe(**arguments(pipe)).images, expected) < 1e-4
+        rows = []
+        hook = pipe.unet.conv_in.register_forward_hook(lambda layer, args, out: rows.append(len(out)))
+        try:
+            for limit in (1, 3, 8):
+                rows.clear()
+                with composed(pipe, loras, **OPTIONS) as composition:
+                    composition.limit = limit
+                    assert relative_error(pipe(**arguments(pipe)).images, expected) < 1e-4
+                assert max(rows) <= limit
+        finally:
+            hook.remove()
+
+    def test_what_fits_is_measured_anew_for_every_call_of_the_pipeline(self, pipes, files, monkeypatch):
+        pipe, measured, rows = pipes["sd1"], [], []
+
+        class Gauge:
+            def measured(self, call):
+                output = call()
+                measured.append(len(output))
+                return output, len(output)
+
+            def rows_that_fit(self, bytes_a_row):
+                return 5
+
+        monkeypatch.setattr("loratorio_ext.hosts.diffusers.CudaMemory.of", lambda device: Gauge())
+        loras = loras_of(pipe, files["sd1"])
+        hook = pipe.unet.conv_in.register_forward_hook(lambda layer, args, out: rows.append(len(out)))
+        try:
+            with composed(pipe, loras, **OPTIONS):
+                first, second = (pipe(**arguments(pipe)).images for _ in range(2))
+        finally:
+            hook.remove()
+        host = 2 * len(PROMPT)
+        assert measured == [host, host] and max(rows) == host
+        monkeypatch.undo()
+        assert torch.equal(first, second)
+        assert relative_error(first, generate(pipe, loras, **OPTIONS).double()) < 1e-4
 
     def test_images_per_prompt_and_callbacks_are_the_pipelines_own(self, pipes, files):
         pipe = pipes["sd1"]

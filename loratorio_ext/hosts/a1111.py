@@ -226,10 +226,10 @@ def noise_scaling(inner_model: nn.Module, x: Tensor, sigma: Tensor) -> tuple[Ten
 
 @dataclass
 class HostPass:
-    """One step as the host hands it to its denoiser, conditional rows before unconditional ones, in one call or several.
+    """One step as the host hands it to its denoiser, in one call or several: conditional rows, then unconditional ones.
 
-    ``conds_list``: the host's rows of each image, with weights; ``texts``: this step's conditionings for each of those whom
-    the plan asks, positive and negative. ``predicted``: what the denoiser said, by LoRA and row.
+    ``conds_list``: the host's rows of each image, with weights; ``texts``: this step's conditionings, positive and
+    negative, for each of those whom the plan asks. ``predicted``: what the denoiser said, by LoRA and row.
     """
 
     plan: Plan
@@ -323,12 +323,13 @@ class A1111Sampling:
         check_supported()
         self.model = loaded_model()
         multipliers = tuple((lora, lora.unet_multiplier, lora.te_multiplier, lora.dyn_dim) for lora in self.loras)
-        self.isolated = self.generation.once((self.model, multipliers), self.isolate)
-        self.isolation = self.isolated.isolation
-        key = (self.model, multipliers, prompts_of_pass(self.p))
-        self.texts = self.generation.once(key, self.encode_all)
+        isolation = self.generation.once((self.model, multipliers), self.isolate)
+        second_pass, *_ = prompts = prompts_of_pass(self.p)
+        key = (self.model, multipliers, second_pass)  # images of another size: another number of rows fits
+        self.isolated = self.generation.once(key, lambda: self.calls(isolation))
+        self.texts = self.generation.once((self.model, multipliers, prompts), self.encode_all)
 
-    def isolate(self) -> IsolatedCalls:
+    def isolate(self) -> Isolation:
         """The LoRAs' branches on the UNet's layers."""
         branches = []
         with bare(self.networks):
@@ -338,7 +339,10 @@ class A1111Sampling:
                 if misfits:
                     self.generation.note(f"{lora.name} does not fit {len(misfits)} layers of this model")
         # The last one, without a branch, makes `Plan.BASE` an index like any other.
-        isolation = Isolation(shared.sd_model.network_layer_mapping, [*branches, {}])
+        return Isolation(shared.sd_model.network_layer_mapping, [*branches, {}])
+
+    def calls(self, isolation: Isolation) -> IsolatedCalls:
+        """Model calls for one pass, as large as the host's options and the device's memory allow."""
         limits = [] if shared.opts.batch_cond_uncond else [self.p.batch_size]
         limits += [ROWS_OF_A_POOL] if self.settings.pool else []
         return IsolatedCalls(isolation, min(limits, default=None), CudaMemory.of(devices.device))
@@ -355,7 +359,7 @@ class A1111Sampling:
             return encode(self.p)
 
     def before_unet(self, params: script_callbacks.CFGDenoiserParams) -> None:
-        """``on_cfg_denoiser``: let the host's own pass be the one the plan asks for, with the isolated rows beside it."""
+        """``on_cfg_denoiser``: make the host's pass the one that the plan asks for, isolated rows running with it."""
         denoiser = params.denoiser
         self.step.close()
         if denoiser.p is not self.p or self.generation.error is not None:

@@ -404,6 +404,7 @@ class Composition(ModelHook):
         self.method = method_from(settings)
         # The last one, without a branch, makes `Plan.BASE` an index like any other.
         self.isolation = Isolation(layers_of(pipe), [*(lora.branches for lora in loras), {}])
+        self.limit = ROWS_OF_A_POOL if any(lora.pooled for lora in loras) else None
         self.isolated = self.isolated_calls()
         self.encode = pipe.encode_prompt
         self.texts: dict[int, dict[str, Tensor]] = {}
@@ -411,9 +412,8 @@ class Composition(ModelHook):
         self.steps: list[Step] = []
 
     def isolated_calls(self) -> IsolatedCalls:
-        """Model calls whose size is not settled yet."""
-        limit = ROWS_OF_A_POOL if any(lora.pooled for lora in self.loras) else None
-        return IsolatedCalls(self.isolation, limit, CudaMemory.of(torch.device(self.pipe._execution_device)))
+        """Model calls for images of one size: how many rows a call may hold is found at the first."""
+        return IsolatedCalls(self.isolation, self.limit, CudaMemory.of(torch.device(self.pipe._execution_device)))
 
     def acting(self, whom: int) -> AbstractContextManager:
         """While entered, the models hold what ``whom`` says: a LoRA's index, `Plan.BASE` or `Plan.MERGED`."""

@@ -44,10 +44,10 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 class BatchedCalls:
     """Evaluates rows in batches of at most ``limit`` of them (None: all at once).
 
-    Where the device tells its ``memory``, the first batch holds one LoRA's rows only (most often those of the host's own
-    pass, which must fit anyway); it is measured, and tells how many rows fit into what is free. When memory runs out
-    all the same, ``forget()`` frees what was kept for larger batches, the limit is halved, nothing that was computed is
-    lost, and the smaller limit stays.
+    Where the device tells its ``memory``, the first batch holds one LoRA's rows only (most often those of the host's
+    own pass, which must fit anyway); it is measured, and tells how many rows fit into what is free. When memory runs
+    out all the same, ``forget()`` frees what was kept for larger batches, the limit is halved, nothing that was
+    computed is lost, and the smaller limit stays.
     """
 
     def __init__(self, forget: Callable[[], None], limit: int | None = None, memory: CudaMemory | None = None):

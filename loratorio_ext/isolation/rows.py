@@ -80,7 +80,7 @@ class Isolation:
     def rows(self, group: Sequence[int]) -> Iterator[None]:
         """While entered, a batch holds the rows of the LoRAs ``group`` (indices), in this order, equally many for each
         entry."""
-        group = tuple(group[:: shared_length(group) or 1])  # as few segments as can be, so that each LoRA is stacked once
+        group = tuple(group[:: shared_length(group) or 1])  # few segments, so that each LoRA is stacked once
         handles = []
         try:
             for name, layer in self.layers.items():

@@ -214,6 +214,35 @@ def test_batches_share_what_was_prepared(webui, monkeypatch, edit, encodings):
     assert len(seen) == encodings
 
 
+@pytest.mark.parametrize("payload, sizes", [({"n_iter": 2}, [2]), (HIRES, [2, 2])], ids=["two batches", "hires"])
+def test_what_fits_is_measured_once_for_images_of_one_size(webui, monkeypatch, payload, sizes):
+    """The first call of a pass holds the host's own rows, and tells how many the next ones may hold."""
+    a1111, measured, calls = webui.module("loratorio_ext.hosts.a1111"), [], []
+
+    class Gauge:
+        def measured(self, call):
+            output = call()
+            measured.append(len(output))
+            return output, len(output)
+
+        def rows_that_fit(self, bytes_a_row):
+            return 4
+
+    monkeypatch.setattr(a1111, "CudaMemory", type("CudaMemory", (), {"of": lambda device: Gauge()}))
+    hook = webui.module("modules.shared").sd_model.model.register_forward_pre_hook(
+        lambda module, args: calls.append(len(args[0]))
+    )
+    composition = {"LoRAtorio": {"args": [True]}}
+    try:
+        split = webui.txt2img(prompt=TWO, alwayson_scripts=composition, **payload)
+    finally:
+        hook.remove()
+    assert measured == sizes
+    assert max(calls) == 4 and set(calls) == {2, 4}
+    monkeypatch.undo()
+    assert difference(split, webui.txt2img(prompt=TWO, alwayson_scripts=composition, **payload)) <= 1
+
+
 def test_the_pools_menu(webui):
     """Folders and LoRAs that the host lists, and after the button is pressed those that came since."""
     ui = webui.module("loratorio_ext.ui")

@@ -1,8 +1,8 @@
 """A WebUI script that makes model calls fail, for the tests.
 
 Its one argument is a dict, or None to do nothing: ``error`` ("runtime", "memory", "interrupt"), ``step`` the model call
-of the sampler at which it happens (None: at all), ``call`` the UNet call of that step from which on they fail (1: the first), and ``rows`` the largest
-number of rows that still goes through.
+of the sampler at which it happens (None: at all), ``call`` the UNet call of that step from which on they fail (1: the
+first), and ``rows`` the largest number of rows that still goes through.
 """
 
 import torch
