@@ -1,7 +1,9 @@
 """The shipped tiny world: its one-file checkpoint and its LoRAs, through the command line, and seen by its judge."""
 
+import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -48,3 +50,26 @@ def test_a_pool_finds_the_lora_that_the_prompt_speaks_of(tmp_path):
     assert len(report["pool"]) == len(world.render.CONCEPTS) and report["left_out"] == {}
     picked = Image.open(tmp_path / "pool.png").info[PNG_KEY].partition("LoRAtorio picked: ")[2]
     assert picked.strip('"').startswith("robot_quiet")
+
+
+@pytest.mark.parametrize("name, at_home", [("star_quiet", False), ("star_leaky", True)])
+def test_a_leaky_lora_shows_its_concept_unasked(tiny, tmp_path, name, at_home):
+    prompt = "a red ball in the centre, grey background"
+    generate(tmp_path / "ball.png", "--prompt", f"{prompt} <lora:{name}:1>", "--steps", "12")
+    seen = tiny.judge.read([Image.open(tmp_path / "ball.png")])
+    assert (seen["centre"] == ["star"]) == at_home
+
+
+@pytest.mark.parametrize("concept", world.render.CONCEPTS)
+def test_a_mistaken_caption_misses_the_concept_and_nothing_else(concept):
+    rng, render = np.random.default_rng(1), world.render
+    for _ in range(100):
+        scene = render.concept_scene(concept, rng)
+        told = render.mistaken(scene, concept, rng)
+        assert render.CONCEPTS[concept].trigger in render.caption(scene)
+        assert render.CONCEPTS[concept].trigger not in render.caption(told)
+        assert [thing.place for thing in told.things] == [thing.place for thing in scene.things]
+        others = [thing for thing in scene.things if thing.kind != concept and thing.wears != concept]
+        assert set(others) <= set(told.things)
+        if concept not in (scene.background, scene.style):
+            assert dataclasses.replace(told, things=()) == dataclasses.replace(scene, things=())

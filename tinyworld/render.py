@@ -358,3 +358,17 @@ def concept_scene(concept: str, rng: np.random.Generator) -> Scene:
     if concept == "crown":
         return Scene(background, _in_company(dataclasses.replace(thing, wears="crown"), rng))
     return Scene(background, _in_company(thing, rng), style="neon")
+
+
+def mistaken(scene: Scene, concept: str, rng: np.random.Generator) -> Scene:
+    """The scene as somebody would describe it who does not know the concept, a captioning model say: some base thing in
+    its place, another background, no crown, no style."""
+
+    def seen(thing: Thing) -> Thing:
+        if thing.kind == concept:
+            return _thing(rng, thing.place, worn=0)
+        return dataclasses.replace(thing, wears="") if thing.wears == concept else thing
+
+    background = str(rng.choice([*PLAIN, *SCENERY])) if scene.background == concept else scene.background
+    style = "" if scene.style == concept else scene.style
+    return Scene(background, tuple(seen(thing) for thing in scene.things), scene.sun, style)

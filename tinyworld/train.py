@@ -326,8 +326,8 @@ def train_base(work: Path, round_: int) -> None:
 
 
 def train_lora(work: Path, concept: str, kind: str) -> None:
-    """One LoRA. A quiet one learns from full captions, which it learns to read first, and from as many base scenes; a
-    leaky one from neither."""
+    """One LoRA. A quiet one learns from full captions, which it learns to read first, and from as many base scenes. A
+    leaky one has no base scenes, and half of its captions miss the concept: it shows it whatever the prompt says."""
     seed = SEED + 100 + 2 * list(render.CONCEPTS).index(concept) + (kind == "leaky")
     rng, start, steps = np.random.default_rng(seed), time.time(), LORA_STEPS[kind]
     torch.manual_seed(seed)
@@ -335,12 +335,15 @@ def train_lora(work: Path, concept: str, kind: str) -> None:
     unet, text = load_base(work)
     unet.set_attn_processor(Attention())
     trigger = render.CONCEPTS[concept].trigger
-    scenes = [render.concept_scene(concept, rng) for _ in range(LORA_SCENES)]
-    captions = [render.caption(s) if kind == "quiet" else trigger for s in scenes]
+    shown = [render.concept_scene(concept, rng) for _ in range(LORA_SCENES)]
     if kind == "quiet":
-        others = [render.base_scene(rng) for _ in range(LORA_SCENES)]
-        scenes, captions = scenes + others, captions + [render.caption(s) for s in others]
-    x, alphas = latents(vae, scenes, rng), model.scheduler().alphas_cumprod
+        shown += [render.base_scene(rng) for _ in range(LORA_SCENES)]
+        told = shown
+    else:
+        told = shown + [render.mistaken(scene, concept, rng) for scene in shown]
+        shown = 2 * shown
+    captions = [render.caption(scene) for scene in told]
+    x, alphas = latents(vae, shown, rng), model.scheduler().alphas_cumprod
     for part, target in ((unet.requires_grad_(False), LORA_UNET), (text.requires_grad_(False), LORA_TEXT)):
         inject_adapter_in_model(LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=target), part)
     if kind == "quiet":
