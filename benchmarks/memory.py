@@ -23,7 +23,7 @@ WAYS: dict[str, int | None] = {
     "LoRAtorio, 2 rows a batch": 2,
     "LoRAtorio, 1 row a batch": 1,
 }
-"""The largest batch of isolated rows; 0: no LoRA at all."""
+"""The largest batch of rows; 0: no LoRA at all."""
 
 MEGA = 1e6
 

@@ -26,7 +26,7 @@ def plot(results: Sequence[dict], path: Path) -> None:
     from matplotlib import pyplot
 
     counts = [result["n"] for result in results]
-    figure, axis = pyplot.subplots(figsize=(7, 4.5))
+    figure, axis = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
     for way in results[0]["ways"]:
         if way in (ARITHMETIC, STACKING):
             continue
@@ -38,6 +38,5 @@ def plot(results: Sequence[dict], path: Path) -> None:
     axis.plot(counts, [result["floor"]["LoRAtorio"] for result in results], "k:", label=FLOOR)
     axis.set(xlabel="LoRAs", ylabel="time of a step, in plain steps", xticks=counts, ylim=(0, None))
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
-    figure.tight_layout()
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=100)
