@@ -18,9 +18,9 @@ import torch
 
 from benchmarks.memory import MEGA, lora_bytes
 from benchmarks.models import CONFIGS, Inputs, random_lora, random_unet, touched_layers
-from benchmarks.speed import only_rows
+from benchmarks.speed import evaluation
 from loratorio_ext.core import Plan
-from loratorio_ext.isolation import ROWS_OF_A_POOL, IsolatedCalls, Isolation
+from loratorio_ext.isolation import ROWS_OF_A_POOL
 
 CHOSEN = 3
 
@@ -31,14 +31,10 @@ def measure(model: str, latent: int, count: int, budget: float) -> dict[str, flo
     unet = random_unet(model)
     arguments = Inputs(unet, latent).call(2)
     loras = [random_lora(touched_layers(unet), 16) for _ in range(count)]
-    isolation = Isolation(dict(unet.named_modules()), [*loras, {}], budget=int(budget * MEGA))
-    calls = IsolatedCalls(isolation, ROWS_OF_A_POOL)
+    predict = evaluation(unet, arguments, loras, ROWS_OF_A_POOL, int(budget * MEGA))
 
     def evaluate(loras: int) -> None:
-        calls(
-            [(lora, row) for lora in (Plan.BASE, *range(loras)) for row in range(2)],
-            lambda batch: unet(**only_rows(arguments, [row for _, row in batch])).sample,
-        )
+        predict([(lora, row) for lora in (Plan.BASE, *range(loras)) for row in range(2)])
 
     def used() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MEGA

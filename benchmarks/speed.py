@@ -25,7 +25,7 @@ from benchmarks.floor import floor, flops_of_row
 from benchmarks.models import ATTENTION, CONFIGS, Inputs, random_lora, random_unet, touched_layers
 from benchmarks.speed_report import ARITHMETIC, STACKING, plot, table
 from loratorio_ext.core import InTurn, Method, Plan, Predictions, method_from
-from loratorio_ext.isolation import IsolatedCalls, Isolation, LowRank
+from loratorio_ext.isolation import IsolatedCalls, Isolation, LowRank, Row
 from loratorio_ext.isolation.branches import stack
 from loratorio_ext.settings import Settings
 
@@ -49,9 +49,17 @@ def combine(base: Tensor, isolated: Tensor, method: Method = METHOD) -> Tensor:
     ).cond
 
 
-def isolated_calls(unet: nn.Module, loras: Sequence[dict[str, LowRank]], **options) -> IsolatedCalls:
-    """Calls of a UNet in which every row has its LoRA, or none (`Plan.BASE`)."""
-    return IsolatedCalls(Isolation(dict(unet.named_modules()), [*loras, {}]), **options)
+def evaluation(
+    unet: nn.Module,
+    arguments: dict,
+    loras: Sequence[dict[str, LowRank]],
+    limit: int | None = None,
+    budget: int | None = None,
+) -> Callable[[Sequence[Row]], Tensor]:
+    """A UNet's predictions of rows, ``[rows, C, H, W]``, each under its LoRA or none (`Plan.BASE`), in batches of at
+    most ``limit`` rows and with at most ``budget`` bytes of stacked matrices."""
+    calls = IsolatedCalls(Isolation(dict(unet.named_modules()), [*loras, {}], budget), limit)
+    return lambda rows: calls(rows, lambda batch: unet(**only_rows(arguments, [row for _, row in batch])).sample)
 
 
 def loratorio(
@@ -63,17 +71,14 @@ def loratorio(
 ) -> Way:
     """The base model's rows and all isolated ones in one batch, or in batches of at most ``limit``, as in the hosts.
     ``method()`` gives each step its method."""
-    calls = isolated_calls(unet, loras, limit=limit)
+    evaluate = evaluation(unet, arguments, loras, limit)
 
     def step() -> None:
         this = method()
         plan = this.plan(0, len(loras))
         alone = 2 if plan.uncond else 1
         rows = [(lora, row) for lora in plan.isolated for row in range(alone)]
-        output = calls(
-            [(Plan.BASE, 0), (Plan.BASE, 1), *rows],
-            lambda batch: unet(**only_rows(arguments, [row for _, row in batch])).sample,
-        )
+        output = evaluate([(Plan.BASE, 0), (Plan.BASE, 1), *rows])
         combine(output[:2], output[2:].unflatten(0, (len(plan.isolated), alone)), this)
 
     return step

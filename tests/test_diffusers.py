@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import contextmanager
 from functools import cache
 from itertools import product
 
@@ -26,6 +27,7 @@ from loratorio_ext.hosts.diffusers import (
     scheduler_for,
 )
 from tests import oracle
+from tests.gauge import Gauge
 from tests.tiny_pipelines import FAMILIES, KINDS, LAYOUTS, draw_lora, make_pipeline, touched_layers, write_lora
 
 # What diffusers' schedulers and PEFT warn of in themselves.
@@ -166,6 +168,17 @@ def reference(family, files, weights, method, options, call=None, sampler="DDIM"
     return x
 
 
+@contextmanager
+def rows_of_calls(pipe):
+    """While entered, the number of rows of every call of the UNet is noted."""
+    rows = []
+    hook = pipe.unet.conv_in.register_forward_hook(lambda layer, args, out: rows.append(len(out)))
+    try:
+        yield rows
+    finally:
+        hook.remove()
+
+
 def relative_error(actual, expected):
     return float((actual.double() - expected).norm() / expected.norm())
 
@@ -266,40 +279,25 @@ class TestConsequences:
         pipe = pipes["sd1"]
         loras = loras_of(pipe, files["sd1"])
         expected = generate(pipe, loras, **OPTIONS).double()
-        rows = []
-        hook = pipe.unet.conv_in.register_forward_hook(lambda layer, args, out: rows.append(len(out)))
-        try:
-            for limit in (1, 3, 8):
-                rows.clear()
-                with composed(pipe, loras, **OPTIONS) as composition:
-                    composition.limit = limit
-                    assert relative_error(pipe(**arguments(pipe)).images, expected) < 1e-4
-                assert max(rows) <= limit
-        finally:
-            hook.remove()
+        for limit in (1, 3, 8):
+            with rows_of_calls(pipe) as rows, composed(pipe, loras, **OPTIONS) as composition:
+                composition.limit = limit
+                assert relative_error(pipe(**arguments(pipe)).images, expected) < 1e-4
+            assert max(rows) <= limit
 
     def test_what_fits_is_measured_anew_for_every_call_of_the_pipeline(self, pipes, files, monkeypatch):
-        pipe, measured, rows = pipes["sd1"], [], []
+        pipe, gauges = pipes["sd1"], []
 
-        class Gauge:
-            def measured(self, call):
-                output = call()
-                measured.append(len(output))
-                return output, len(output)
+        def gauge(device):
+            gauges.append(Gauge(free=500))
+            return gauges[-1]
 
-            def rows_that_fit(self, bytes_a_row):
-                return 5
-
-        monkeypatch.setattr("loratorio_ext.hosts.diffusers.CudaMemory.of", lambda device: Gauge())
+        monkeypatch.setattr("loratorio_ext.hosts.diffusers.CudaMemory.of", gauge)
         loras = loras_of(pipe, files["sd1"])
-        hook = pipe.unet.conv_in.register_forward_hook(lambda layer, args, out: rows.append(len(out)))
-        try:
-            with composed(pipe, loras, **OPTIONS):
-                first, second = (pipe(**arguments(pipe)).images for _ in range(2))
-        finally:
-            hook.remove()
+        with rows_of_calls(pipe) as rows, composed(pipe, loras, **OPTIONS):
+            first, second = (pipe(**arguments(pipe)).images for _ in range(2))
         host = 2 * len(PROMPT)
-        assert measured == [host, host] and max(rows) == host
+        assert [size for each in gauges for size in each.batches] == [host, host] and max(rows) == host
         monkeypatch.undo()
         assert torch.equal(first, second)
         assert relative_error(first, generate(pipe, loras, **OPTIONS).double()) < 1e-4
@@ -336,15 +334,11 @@ class TestRecord:
 
     def test_cost(self, pipes, files):
         """Base and isolated rows in one batch: 2 (N + 1) an image, and N + 2 when only the base guides."""
-        pipe, rows = pipes["sd1"], []
-        hook = pipe.unet.conv_in.register_forward_hook(lambda layer, args, out: rows.append(len(out)))
-        try:
-            for share, expected in ((0.5, 2 * 4), (1.0, 3 + 2)):
-                rows.clear()
+        pipe = pipes["sd1"]
+        for share, expected in ((0.5, 2 * 4), (1.0, 3 + 2)):
+            with rows_of_calls(pipe) as rows:
                 generate(pipe, loras_of(pipe, files["sd1"]), base_share=share)
-                assert rows == [len(PROMPT) * expected] * STEPS
-        finally:
-            hook.remove()
+            assert rows == [len(PROMPT) * expected] * STEPS
 
 
 def state(pipe):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from loratorio_ext.isolation import CudaMemory, Delta, IsolatedCalls, Isolation, LowRank, in_main_memory
+from tests.gauge import Gauge
 
 CHANNELS, WIDTH, TOKENS = 8, 12, 5
 
@@ -621,21 +622,6 @@ class Memory:
     def done(self):
         """The rows of the calls that went through, in order."""
         return [row for batch in self.calls if len(batch) <= self.room for row in batch]
-
-
-class Gauge:
-    """A CUDA device's memory as `CudaMemory` tells it: every row takes ``a_row`` bytes of ``free`` ones."""
-
-    def __init__(self, free, a_row=100):
-        self.free, self.a_row, self.batches = free, a_row, []
-
-    def measured(self, call):
-        output = call()
-        self.batches.append(len(output))
-        return output, self.a_row * len(output)
-
-    def rows_that_fit(self, bytes_a_row):
-        return max(1, int(self.free // bytes_a_row))
 
 
 def rows_of(loras, count):

@@ -249,9 +249,9 @@ class HostPass:
         return sum(map(len, self.conds_list))
 
     def wanted(self, rows: Sequence[int]) -> list[Row]:
-        """What the plan asks of these rows: the host's own predictions first, then each LoRA's."""
+        """What the plan asks of these rows beside the host's own predictions: each LoRA's."""
         alone = [row for row in rows if self.plan.uncond or row < self.conds]
-        return [(self.plan.host, row) for row in rows] + [(lora, row) for lora in self.plan.isolated for row in alone]
+        return [(lora, row) for lora in self.plan.isolated for row in alone]
 
     def text_of(self, asked: Row) -> Any:
         """The conditioning of one row, as who is to predict it reads the prompt: ``[1, tokens, C]``."""
@@ -393,10 +393,10 @@ class A1111Sampling:
         host_pass.x.append(x)
         host_pass.sigma.append(sigma)
         rows = range(first, first + len(x))
-        texts = {asked: host_pass.text_of(asked) for asked in host_pass.wanted(rows)}
-        given, besides = text_and_others(cond, texts[self.plan.host, first])
-        # The host's own rows keep what it gives them: another extension may have changed it.
-        texts.update({(self.plan.host, row): subscript_cond(given, row - first, row - first + 1) for row in rows})
+        # The host's own rows keep the text it gives them: another extension may have changed it.
+        given, besides = text_and_others(cond, like=host_pass.texts[self.plan.host][0])
+        texts = {(self.plan.host, row): subscript_cond(given, row - first, row - first + 1) for row in rows}
+        texts |= {asked: host_pass.text_of(asked) for asked in host_pass.wanted(rows)}
 
         def call(batch: Sequence[Row]) -> Tensor:
             here = [row - first for _, row in batch]

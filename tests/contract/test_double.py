@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.contract.double import Double, RequestError
 from tests.contract.rows import Contract
+from tests.gauge import Gauge
 from tests.live.lora_files import CATALOGUE
 from tests.live.webui import encode_image
 
@@ -217,18 +218,13 @@ def test_batches_share_what_was_prepared(webui, monkeypatch, edit, encodings):
 @pytest.mark.parametrize("payload, sizes", [({"n_iter": 2}, [2]), (HIRES, [2, 2])], ids=["two batches", "hires"])
 def test_what_fits_is_measured_once_for_images_of_one_size(webui, monkeypatch, payload, sizes):
     """The first call of a pass holds the host's own rows, and tells how many the next ones may hold."""
-    a1111, measured, calls = webui.module("loratorio_ext.hosts.a1111"), [], []
+    a1111, gauges, calls = webui.module("loratorio_ext.hosts.a1111"), [], []
 
-    class Gauge:
-        def measured(self, call):
-            output = call()
-            measured.append(len(output))
-            return output, len(output)
+    def gauge(device):
+        gauges.append(Gauge(free=400))
+        return gauges[-1]
 
-        def rows_that_fit(self, bytes_a_row):
-            return 4
-
-    monkeypatch.setattr(a1111, "CudaMemory", type("CudaMemory", (), {"of": lambda device: Gauge()}))
+    monkeypatch.setattr(a1111.CudaMemory, "of", gauge)
     hook = webui.module("modules.shared").sd_model.model.register_forward_pre_hook(
         lambda module, args: calls.append(len(args[0]))
     )
@@ -237,7 +233,7 @@ def test_what_fits_is_measured_once_for_images_of_one_size(webui, monkeypatch, p
         split = webui.txt2img(prompt=TWO, alwayson_scripts=composition, **payload)
     finally:
         hook.remove()
-    assert measured == sizes
+    assert [size for each in gauges for size in each.batches] == sizes
     assert max(calls) == 4 and set(calls) == {2, 4}
     monkeypatch.undo()
     assert difference(split, webui.txt2img(prompt=TWO, alwayson_scripts=composition, **payload)) <= 1
