@@ -12,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from loratorio_ext.isolation import CudaMemory, Delta, IsolatedCalls, Isolation, LowRank, in_main_memory
+from loratorio_ext.isolation import (
+    CudaMemory,
+    Delta,
+    IsolatedCalls,
+    Isolation,
+    LowRank,
+    in_main_memory,
+    is_finite,
+    is_inert,
+)
 from tests.gauge import Gauge
 
 CHANNELS, WIDTH, TOKENS = 8, 12, 5
@@ -749,3 +758,38 @@ class TestCalls:
         assert 2**23 <= spent <= 2**25
         free = memory.rows_that_fit(1)
         assert memory.rows_that_fit(2) <= free / 2 + 1 and memory.rows_that_fit(10**18) == 1
+
+
+@pytest.mark.parametrize(
+    ("branch", "inert"),
+    [
+        (LowRank(torch.ones(2, 3), torch.ones(4, 2), 1.0), False),
+        (LowRank(torch.ones(2, 3), torch.ones(4, 2), 0.0), True),
+        (LowRank(torch.zeros(2, 3), torch.ones(4, 2), 1.0), True),
+        (LowRank(torch.ones(2, 3), torch.zeros(4, 2), 1.0), True),
+        (LowRank(torch.ones(2, 3), torch.ones(4, 2), 1.0, torch.zeros(2, 2, 1, 1)), True),
+        (LowRank(torch.eye(2).to(torch.float8_e4m3fn), torch.ones(4, 2).to(torch.float8_e4m3fn), 1.0), False),
+        (Delta(torch.zeros(3, 3)), True),
+        (Delta(torch.zeros(3, 3), torch.tensor([0.0, 1.0, 0.0])), False),
+        (Delta(None, torch.zeros(3)), True),
+        (Delta(torch.full((3, 3), torch.nan)), False),
+    ],
+)
+def test_a_branch_is_inert_where_it_adds_nothing(branch, inert):
+    assert is_inert(branch) == inert
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_branch_is_finite_in_every_number(bad, dtype):
+    good, spoiled = torch.full((2, 2), 6e4, dtype=dtype), torch.tensor([[0.0, 1.0], [bad, 1.0]], dtype=dtype)
+    assert is_finite(LowRank(good, good, 1.0, good)) and is_finite(Delta(None, good)) and is_finite(Delta(good))
+    assert not is_finite(LowRank(good, good, bad))
+    for branch in (
+        LowRank(spoiled, good, 1.0),
+        LowRank(good, spoiled, 1.0),
+        LowRank(good, good, 1.0, spoiled),
+        Delta(spoiled),
+        Delta(good, spoiled),
+    ):
+        assert not is_finite(branch)

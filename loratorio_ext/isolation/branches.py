@@ -7,6 +7,7 @@ For a layer that is linear in its weight, ``f(x; W + dW) = f(x; W) + f(x; dW)``.
 equally many each (``R``), and segment ``j`` of it belongs to the group's ``j``-th LoRA.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Union
@@ -42,10 +43,26 @@ class Delta:
 Branch = Union[LowRank, Delta]
 
 
+def tensors_of(branch: Branch) -> dict[str, Tensor]:
+    """The branch's tensors by field."""
+    return {name: value for name, value in vars(branch).items() if isinstance(value, Tensor)}
+
+
 def in_main_memory(branch: Branch) -> Branch:
     """The branch with its tensors on the CPU, for one of many that shall only come to the device batch by batch."""
-    tensors = {name: value.cpu() for name, value in vars(branch).items() if isinstance(value, Tensor)}
-    return replace(branch, **tensors)
+    return replace(branch, **{name: value.cpu() for name, value in tensors_of(branch).items()})
+
+
+def is_finite(branch: Branch) -> bool:
+    """Whether no number of the branch is NaN or infinite."""
+    numbers = (value.float() for value in tensors_of(branch).values())  # float8 knows no isfinite
+    return math.isfinite(getattr(branch, "scale", 1.0)) and all(bool(each.isfinite().all()) for each in numbers)
+
+
+def is_inert(branch: Branch) -> bool:
+    """Whether the branch adds nothing to any output: a factor of a product, or all of a difference, is zero."""
+    zero = [not bool(value.float().any()) for value in tensors_of(branch).values()]
+    return branch.scale == 0 or any(zero) if isinstance(branch, LowRank) else all(zero)
 
 
 def nbytes(*tensors: Tensor | None) -> int:
