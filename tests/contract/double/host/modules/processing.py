@@ -368,8 +368,8 @@ def grown(box: tuple, padding: int, ratio: float, size: tuple[int, int]) -> tupl
 class Processed:
     """The images of a request, and what the host says of them."""
 
-    def __init__(self, p: StableDiffusionProcessing, images: list[Image.Image], infotexts: list[str]):
-        self.images, self.infotexts = images, infotexts
+    def __init__(self, p: StableDiffusionProcessing, images: list[Image.Image], infotexts: list[str] = ()):
+        self.images, self.infotexts = images, list(infotexts)
         self.index_of_first_image = 0
         self.comments = "".join(f"{comment}\n" for comment in p.comments)
         self.said = {
@@ -386,7 +386,7 @@ class Processed:
             "steps": p.steps,
             "batch_size": p.batch_size,
             "extra_generation_params": p.extra_generation_params,
-            "infotexts": infotexts,
+            "infotexts": self.infotexts,
         }
 
     def js(self) -> str:
@@ -460,7 +460,7 @@ def process_images_inner(p: StableDiffusionProcessing) -> Processed:
             infotexts += [create_infotext(p, index) for index in range(len(images_of_batch))]
     extra_networks.deactivate(p)
     processed = Processed(p, images, infotexts or [""])
-    scripts.call("postprocess", p, processed)
+    scripts.postprocess(p, processed)
     return processed
 
 
