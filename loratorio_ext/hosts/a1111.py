@@ -70,6 +70,10 @@ __all__ = ["check", "clean_up", "forget_conditionings", "interrupt", "interrupte
 
 logger = logging.getLogger("loratorio")
 
+TELLING = 1e-3
+"""Two outputs of a model for the same rows that differ by more than this share of their length differ not by rounding.
+"""
+
 
 # --- one call of the host's denoiser ----------------------------------------------------------------------------------
 
@@ -179,6 +183,7 @@ class A1111Sampling:
         self.method = method_from(self.settings)
         self.step = ExitStack()
         self.steps = 0
+        self.even_handed = False
         self.plan = Plan(host=Plan.MERGED)
         self.prepare()
         script_callbacks.on_cfg_denoiser(self.before_unet)
@@ -378,6 +383,26 @@ class A1111Sampling:
             output = call.denoise(call.x, call.sigma, cond=condition)
         self.host_pass.predicted.update(zip(((lora, row) for row in call.range), output))
 
+    def repeat_all(self) -> None:
+        """All of the host's calls of this step for one LoRA, then all of them for the next."""
+        host_pass, host = self.host_pass, self.plan.host
+        known = host_pass.of(host, 0, host_pass.rows)
+        for lora in (*(() if self.even_handed else (host,)), *self.plan.isolated):
+            for call in host_pass.calls:
+                self.repeat(call, lora)
+        if self.generation.error is not None:  # somebody else has swallowed it
+            raise self.generation.error
+        # Once a pass: what the same rows make must not depend on how often somebody was asked. (The host's own token
+        # merging draws its tokens by lot.)
+        if not self.even_handed and not self.p.get_token_merging_ratio():
+            again = host_pass.of(host, 0, host_pass.rows)
+            if (again - known).float().norm() > TELLING * known.float().norm():
+                raise UnsupportedError(
+                    f"LoRAtorio: {named(self.company)} makes something else of a step when it is asked again, so "
+                    "LoRAs cannot be evaluated one after the other; switch it off, or LoRAtorio"
+                )
+        self.even_handed = True
+
     @contextmanager
     def reads_only(self, text: Any) -> Iterator[None]:
         """While entered, the UNet may be given no other text than rows of ``text``."""
@@ -414,12 +439,8 @@ class A1111Sampling:
             if self.denoiser.inner_model is not params.inner_model:
                 return
             with self.generation.guarded():
-                if self.company:  # all of the host's calls for one LoRA, then all of them for the next
-                    for lora in self.plan.isolated:
-                        for call in self.host_pass.calls:
-                            self.repeat(call, lora)
-                    if self.generation.error is not None:
-                        raise self.generation.error
+                if self.company:
+                    self.repeat_all()
                 predictions = self.predictions(params.x)
                 composed = self.method.combine(predictions)
                 names = [self.labels[member] for member in self.plan.members]

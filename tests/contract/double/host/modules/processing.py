@@ -131,6 +131,9 @@ class StableDiffusionProcessing:
     def get_conds(self) -> tuple[Any, Any]:
         return self.c, self.uc
 
+    def get_token_merging_ratio(self, for_hr: bool = False) -> float:
+        return 0.0
+
     def setup_prompts(self) -> None:
         self.all_prompts = [self.prompt] * (self.batch_size * self.n_iter)
         self.all_negative_prompts = [self.negative_prompt] * len(self.all_prompts)
