@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -53,12 +53,11 @@ REGIONAL = ("area", "mask", "timestep_start", "timestep_end")
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA of the prompt, or of the pool: its file and multipliers."""
+    """A LoRA of the prompt, or of the pool: its file, and its multipliers ``(unet, text)`` as often as it is named."""
 
     name: str
     file: str
-    unet: float
-    text: float
+    strengths: tuple[tuple[float, float], ...]
     pooled: bool = False
 
 
@@ -80,14 +79,23 @@ def active_loras(p: Any, networks: ModuleType) -> list[Lora]:
         if entry is not None:
             text = float(params.named.get("te", numbers[0] if numbers else 1.0))
             unet = float(params.named.get("unet", numbers[1] if len(numbers) > 1 else text))
-            found.append(Lora(name, entry.filename, unet, text))
+            found.append(Lora(name, entry.filename, ((unet, text),)))
     return found
+
+
+def distinct(loras: Sequence[Lora]) -> list[Lora]:
+    """Each file once, in the order in which they come first, with all the multipliers that it is named with."""
+    by_file: dict[str, Lora] = {}
+    for lora in loras:
+        known = by_file.get(lora.file)
+        by_file[lora.file] = lora if known is None else replace(known, strengths=known.strengths + lora.strengths)
+    return list(by_file.values())
 
 
 def pooled_loras(generation: Generation, active: Sequence[Lora]) -> list[Lora]:
     """The pool's LoRAs beside those of the prompt."""
     members = pool_of(generation, [lora.file for lora in active])
-    return [Lora(each.lora.name, each.lora.file, each.unet, each.text, pooled=True) for each in members]
+    return [Lora(each.lora.name, each.lora.file, ((each.unet, each.text),), pooled=True) for each in members]
 
 
 class LoadedLora:
@@ -95,15 +103,15 @@ class LoadedLora:
 
     def __init__(self, lora: Lora, model: Any, networks: ModuleType, backend: Backend):
         original = model.forge_objects_original
-        weights = networks.load_lora_state_dict(lora.file)
-        unet, clip = networks.load_lora_for_models(
-            original.unet, original.clip, weights, lora.unet, lora.text, filename=lora.file
-        )
+        unet, clip = original.unet, original.clip
+        for of_unet, of_text in lora.strengths:  # what several of them come to is up to the host
+            weights = backend.read(networks, lora.file)
+            unet, clip = networks.load_lora_for_models(unet, clip, weights, of_unet, of_text, filename=lora.file)
         self.name, self.pooled = lora.name, lora.pooled
         self.patches = backend.patches(unet, original.unet)
         text_patches = backend.patches(clip.patcher, original.clip.patcher)
-        self.clip = clip if text_patches and lora.text != 0 else None
-        self.fits = bool(self.patches or text_patches) or lora.unet == lora.text == 0
+        self.clip = clip if text_patches and any(of_text for _, of_text in lora.strengths) else None
+        self.fits = bool(self.patches or text_patches) or not any(map(any, lora.strengths))
 
 
 # --- conditionings ----------------------------------------------------------------------------------------------------
@@ -417,7 +425,7 @@ def open_sampling(generation: Generation) -> ForgeSampling | None:
         tell_of_none(generation)
         return None
     tell_of_the_pass(generation)
-    return ForgeSampling(generation, networks, list({lora.file: lora for lora in loras}.values()))
+    return ForgeSampling(generation, networks, distinct(loras))
 
 
 def check(generation: Generation) -> None:

@@ -1,8 +1,8 @@
-"""Forge's and reForge's stores of LoRAs, and side branches made of what is in them.
+"""The stores of LoRAs of Forge's family, and side branches made of what is in them.
 
 A store holds patches by parameter name (``diffusion_model.....weight``). A patch is the sequence ``strength, value,
 strength of the weight, offset, function``, whatever the host; the last three are for values that are not simply added
-to the whole parameter.
+to the whole parameter. What may follow is of no account for what is added.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -39,7 +39,7 @@ def matrices(value: Any) -> tuple | None:
 def low_rank(patches: Sequence[Sequence[Any]], shape: torch.Size) -> LowRank | None:
     """One branch for all patches of a weight of this shape, or None where some are no plain low-rank product of it."""
     parts = []
-    for strength, value, strength_of_weight, offset, function in patches:
+    for strength, value, strength_of_weight, offset, function, *_ in patches:
         found = matrices(value)
         if found is None or strength_of_weight != 1 or function is not None:
             return None
@@ -67,7 +67,7 @@ def check_size(patches: Sequence[Sequence[Any]], shape: torch.Size) -> None:
 
     Some hosts only log that they cannot merge such a patch, and leave the weight as it is.
     """
-    for _, value, _, offset, _ in patches:
+    for _, value, _, offset, *_ in patches:
         found = matrices(value)
         if found is None or offset is not None or found[3] is not None:
             continue
