@@ -38,7 +38,7 @@ from loratorio_ext.hosts.a1111_loras import (
     undisturbed,
     unet_lora,
 )
-from loratorio_ext.hosts.a1111_texts import (
+from loratorio_ext.hosts.webui_texts import (
     Affix,
     as_condition,
     is_finite_text,

@@ -1,4 +1,4 @@
-"""AUTOMATIC1111's conditionings: schedules, a step's rows of them, and what other extensions have put around them."""
+"""A WebUI's conditionings: schedules, a step's rows of them, and what other extensions have put around them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
