@@ -263,7 +263,7 @@ def test_the_pools_menu(webui):
 def test_a_pool_typed_by_hand_and_presets(webui):
     ui, gradio = webui.module("loratorio_ext.ui"), webui.module("gradio")
     settings = webui.module("loratorio_ext.settings")
-    pool, (_, line, _) = ui.pool_inputs(settings.OPTION["pool"], "pool")
+    pool, (_, line, _) = ui.menu_inputs(settings.OPTION["pool"], "pool")
     add = line.listeners["submit"]
     assert add(" lora:0.8 ", None)[0]["value"] == ["lora:0.8"]
     update, emptied = add("rank*", ["lora", "rank*"])
