@@ -20,8 +20,8 @@ class LoRAtorioScript(scripts.Script):
         components, self.infotext_fields = build_ui("img2img" if is_img2img else "txt2img")
         return components
 
-    def process(self, p, *args):
-        host.begin(p, args)
+    def before_process(self, p, *args):
+        Generation.begin(p, args, host)
 
     def process_before_every_sampling(self, p, *args, **kwargs):
         generation = Generation.of(p)

@@ -326,7 +326,7 @@ class TestRecord:
                 assert composition.steps == seen[-STEPS:]
         merged, inside = seen[1], seen[2]
         assert merged.plan.host == Plan.MERGED and merged.similarity is None and merged.weights is None
-        assert inside.index == 2 and inside.plan == Plan(host=Plan.BASE, isolated=(0, 1, 2))
+        assert inside.index == 2 and inside.plan == Plan(host=Plan.BASE, isolated=(0, 1, 2), members=(0, 1, 2))
         assert inside.timestep == float(pipe.scheduler.timesteps[2])
         assert inside.similarity.shape == inside.weights.shape == (3, 2, 3, 3)
         torch.testing.assert_close(inside.weights.sum(0), torch.ones(2, 3, 3))

@@ -90,6 +90,14 @@ def prompts_of_pass(p: Any) -> tuple:
     return False, tuple(p.prompts), tuple(p.negative_prompts)
 
 
+def tags_of_pass(p: Any) -> tuple:
+    """The prompts' tags of the pass at hand, as they stand there: with the prompts, what the host keeps conditionings
+    by."""
+    second_pass = getattr(p, "is_hr_pass", False)
+    data = p.hr_extra_network_data if second_pass else p.extra_network_data
+    return tuple((kind, tuple(tuple(params.items) for params in tags)) for kind, tags in data.items())
+
+
 def encode(p: Any) -> tuple[Any, Any]:
     """The prompts' schedules of conditionings, positive and negative, with the text encoders as they are now.
 
@@ -106,7 +114,33 @@ def encode(p: Any) -> tuple[Any, Any]:
     return own.c, own.uc
 
 
-def plan_step(generation: Generation, method: Method, denoiser: Any, n: int) -> Plan:
+def interrupt() -> None:
+    """Make the host stop sampling soon."""
+    shared.state.interrupt()
+
+
+def interrupted() -> bool:
+    """Whether the user, or an error of ours, has told the host to stop."""
+    return bool(shared.state.interrupted or shared.state.skipped)
+
+
+def clean_up(p: Any) -> None:
+    """Tell every script that the generation is over, as the host does not after an error: they put back what they have
+    hooked into it."""
+    if p.scripts is not None:
+        p.scripts.postprocess(p, processing.Processed(p, []))
+
+
+def forget_conditionings(p: Any) -> None:
+    """Empty the host's caches of conditionings: ``p``'s own and those of the classes, which later requests share."""
+    for name in ("cached_c", "cached_uc", "cached_hr_c", "cached_hr_uc"):
+        for holder in (p, *type(p).__mro__):
+            cache = vars(holder).get(name)
+            if isinstance(cache, list):
+                cache[:] = [None] * len(cache)
+
+
+def plan_step(generation: Generation, method: Method, denoiser: Any, n: int, members: Sequence[int]) -> Plan:
     """The plan for the denoiser's next model call; outside the window from start to end the LoRAs act merged."""
     inside = generation.settings.composes_at(denoiser.step / denoiser.total_steps)
-    return method.plan(denoiser.step, n) if inside else Plan(host=Plan.MERGED)
+    return method.plan(denoiser.step, n, members) if inside else Plan(host=Plan.MERGED)

@@ -36,8 +36,8 @@ def untouched(webui, plain):
     """After every test the plain image is the same still, and nothing is left registered."""
     yield
     assert difference(plain, webui.txt2img(prompt=PROMPT)) == 0
-    callbacks = webui.module("modules.script_callbacks").callbacks
-    registered = [callback for each in callbacks.values() for callback in each]
+    callbacks = webui.module("modules.script_callbacks").callback_map
+    registered = [each.callback for callbacks_of_a_kind in callbacks.values() for each in callbacks_of_a_kind]
     assert [each for each in registered if "loratorio_ext" in each.__module__] == []
 
 

@@ -131,6 +131,9 @@ class StableDiffusionProcessing:
     def get_conds(self) -> tuple[Any, Any]:
         return self.c, self.uc
 
+    def get_token_merging_ratio(self, for_hr: bool = False) -> float:
+        return 0.0
+
     def setup_prompts(self) -> None:
         self.all_prompts = [self.prompt] * (self.batch_size * self.n_iter)
         self.all_negative_prompts = [self.negative_prompt] * len(self.all_prompts)
@@ -368,8 +371,8 @@ def grown(box: tuple, padding: int, ratio: float, size: tuple[int, int]) -> tupl
 class Processed:
     """The images of a request, and what the host says of them."""
 
-    def __init__(self, p: StableDiffusionProcessing, images: list[Image.Image], infotexts: list[str]):
-        self.images, self.infotexts = images, infotexts
+    def __init__(self, p: StableDiffusionProcessing, images: list[Image.Image], infotexts: list[str] = ()):
+        self.images, self.infotexts = images, list(infotexts)
         self.index_of_first_image = 0
         self.comments = "".join(f"{comment}\n" for comment in p.comments)
         self.said = {
@@ -386,7 +389,7 @@ class Processed:
             "steps": p.steps,
             "batch_size": p.batch_size,
             "extra_generation_params": p.extra_generation_params,
-            "infotexts": infotexts,
+            "infotexts": self.infotexts,
         }
 
     def js(self) -> str:
@@ -460,7 +463,7 @@ def process_images_inner(p: StableDiffusionProcessing) -> Processed:
             infotexts += [create_infotext(p, index) for index in range(len(images_of_batch))]
     extra_networks.deactivate(p)
     processed = Processed(p, images, infotexts or [""])
-    scripts.call("postprocess", p, processed)
+    scripts.postprocess(p, processed)
     return processed
 
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from modules import errors
+from modules import errors, extensions
 
 AlwaysVisible = object()
 
@@ -31,6 +31,7 @@ class Script:
 
 def load_scripts(extension: Path) -> None:
     """Load an extension's scripts, with its folder on ``sys.path`` meanwhile."""
+    extensions.extensions.append(extensions.Extension(extension.name, str(extension)))
     for path in sorted((extension / "scripts").glob("*.py")):
         before = sys.path
         sys.path = [str(extension), *sys.path]
@@ -74,6 +75,9 @@ class ScriptRunner:
         except Exception:
             errors.report(f"Error creating UI for {script.title()}", exc_info=True)
         script.args_to = len(self.inputs)
+
+    def postprocess(self, p: Any, processed: Any) -> None:
+        self.call("postprocess", p, processed)
 
     def call(self, method: str, p: Any, *args: Any, **kwargs: Any) -> None:
         """Call a method of every script that has it, with the script's own values behind ``args``."""
