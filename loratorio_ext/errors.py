@@ -21,12 +21,17 @@ def nearest_name(name: str, known: Iterable[str]) -> str:
 
 
 class LoRAtorioError(Exception):
-    """A composition that cannot happen, and why, in words for the user. ``status_code`` is the HTTP status."""
+    """A composition that cannot happen, and why, in words for the user. ``status_code`` is the HTTP status.
+
+    Where one input is to blame, ``field`` names it, ``value`` is what it held, and ``allowed`` says, in words, what it
+    may hold; None where there is no such thing.
+    """
 
     status_code = 500
 
-    def __init__(self, message: str):
+    def __init__(self, message: str, *, field: str | None = None, value: Any = None, allowed: str | None = None):
         super().__init__(message)
+        self.field, self.value, self.allowed = field, value, allowed
         # Hosts look into the instance's own attributes only.
         self.status_code = type(self).status_code
         self.detail = message
