@@ -13,6 +13,9 @@ from torch import Tensor
 from loratorio_ext.errors import UnsupportedError
 from loratorio_ext.hosts.forge_patches import Patches
 
+WRAPPER = "model_function_wrapper"
+"""The option that holds a function around every call of the model."""
+
 Evaluation = Callable[[Any, list, list | None, Tensor, Tensor, dict], tuple[Tensor, Tensor | None]]
 """``evaluation(model, cond, uncond, x, sigma, options)``: a step's x0, conditional and not, ``[B, C, H, W]`` each (for
 models of videos ``[B, C, T, H, W]``)."""
@@ -30,8 +33,9 @@ class Backend(Protocol):
     def patches(self, patcher: Any, before: Any) -> Patches:
         """The patches that one patcher holds and another, of the same model, does not."""
 
-    def strip(self, patcher: Any, loaded: Any, original: Any) -> None:
-        """Take from a patcher of our own what ``loaded`` holds and ``original`` does not: the prompt's LoRAs."""
+    def strip(self, patcher: Any, loaded: Any, original: Any, base: Any) -> None:
+        """Take from a patcher of our own what ``loaded`` holds and ``original`` does not, the prompt's LoRAs, and give
+        it what ``base`` holds beside ``original``, those that are in every pass."""
 
     def dense(self, weight: Tensor) -> Tensor:
         """A weight as numbers."""
@@ -76,15 +80,20 @@ class PatchesByParameter:
         }
         return {name: patches for name, patches in added.items() if patches}
 
-    def strip(self, patcher: Any, loaded: Any, original: Any) -> None:
+    def strip(self, patcher: Any, loaded: Any, original: Any, base: Any) -> None:
         prompts = {id(patch) for patches in self.patches(loaded, original).values() for patch in patches}
         kept = {
             key: [patch for patch in patches if id(patch) not in prompts] for key, patches in patcher.patches.items()
         }
-        patcher.patches = {name: patches for name, patches in kept.items() if patches}
-        # The original's weights may be in place already: with a uuid of our own the whole model would be moved again.
-        as_original = not self.patches(patcher, original) and patcher.patches.keys() == original.patches.keys()
-        patcher.patches_uuid = original.patches_uuid if as_original else uuid.uuid4()
+        kept = {name: patches for name, patches in kept.items() if patches}
+        nobody_elses = {name: list(map(id, patches)) for name, patches in kept.items()} == {
+            name: list(map(id, patches)) for name, patches in original.patches.items()
+        }
+        patcher.patches = kept
+        for name, patches in self.patches(base, original).items():
+            kept.setdefault(name, []).extend(patches)
+        # These weights may be in place already: with a uuid of our own the whole model would be moved again.
+        patcher.patches_uuid = base.patches_uuid if nobody_elses else uuid.uuid4()
 
 
 class PreparedEvaluation:
@@ -97,9 +106,18 @@ class PreparedEvaluation:
 
     def replace_evaluation(self, unet: Any, evaluation: Evaluation) -> Callable[[], None]:
         def before_cfg(model, cond, uncond, x, sigma, options):
+            functions = options["sampler_pre_cfg_function"]
+            after = functions[functions.index(before_cfg) + 1 :]
+            if after:
+                from loratorio_ext.hosts.forge_company import name_of
+
+                raise UnsupportedError(
+                    f"LoRAtorio: {', '.join(map(name_of, after))} would change a step that is composed already; switch "
+                    "it off, or LoRAtorio"
+                )
             composed = evaluation(model, cond, uncond, x, sigma, options)
             predicted = {kind: rows for kind, rows in enumerate(composed) if rows is not None}
-            others = options.get("model_function_wrapper")
+            others = options.get(WRAPPER)
 
             def hand_over(apply_model, args):
                 """The evaluated rows, once; whoever evaluates the model beside the host gets the model."""
@@ -114,7 +132,7 @@ class PreparedEvaluation:
             cond = [{key: value for key, value in cond[0].items() if key != "control"} | {"strength": 1.0}]
             if uncond is not None:
                 uncond = [{key: value for key, value in uncond[0].items() if key != "control"}]
-            return model, cond, uncond, x, sigma, options | {"model_function_wrapper": hand_over}
+            return model, cond, uncond, x, sigma, options | {WRAPPER: hand_over}
 
         unet.add_sampler_pre_cfg_function(before_cfg)
         return lambda: unet.model_options["sampler_pre_cfg_function"].remove(before_cfg)
@@ -134,9 +152,10 @@ class Forge(Plain, PreparedEvaluation):
                     found.setdefault(name, []).extend(patches)
         return found
 
-    def strip(self, patcher: Any, loaded: Any, original: Any) -> None:
+    def strip(self, patcher: Any, loaded: Any, original: Any, base: Any) -> None:
         prompts = loaded.lora_patches.keys() - original.lora_patches.keys()
-        patcher.lora_patches = {key: value for key, value in patcher.lora_patches.items() if key not in prompts}
+        kept = {key: value for key, value in patcher.lora_patches.items() if key not in prompts}
+        patcher.lora_patches = kept | base.lora_patches
 
     def dense(self, weight: Tensor) -> Tensor:
         if hasattr(weight, "bnb_quantized"):
@@ -158,6 +177,9 @@ class Forge(Plain, PreparedEvaluation):
 class Neo(Plain, PatchesByParameter, PreparedEvaluation):
     """The ``neo`` line of sd-webui-forge-classic: Forge's evaluation, and reForge's way to keep patches."""
 
+    compiled = "_torch_compile_config"
+    """What the host's own compilation leaves on a model."""
+
     def check(self, p: Any) -> None:
         from backend.args import dynamic_args
 
@@ -167,6 +189,27 @@ class Neo(Plain, PatchesByParameter, PreparedEvaluation):
             raise UnsupportedError("LoRAtorio: PiD, which works on windows of the image, is not supported")
         if dynamic_args.wan and p.batch_size > 1:
             raise UnsupportedError(f"LoRAtorio: videos are not supported ({p.batch_size} frames were asked for)")
+        compiled = hasattr(p.sd_model.forge_objects_original.unet.model, self.compiled)
+        if compiled and not hasattr(torch.compiler, "set_stance"):
+            raise UnsupportedError("LoRAtorio: torch.compile hides LoRAs before torch 2.6; switch it off, or LoRAtorio")
+
+    @contextmanager
+    def encoding(self, model: Any) -> Iterator[None]:
+        """Edit models take up the images that they refer to when the host encodes the prompt, once; a text encoder that
+        looks at them, too, cannot be asked again."""
+        from backend.args import dynamic_args
+
+        references = dynamic_args.ref_latents
+        if references and hasattr(model, "get_learned_conditioning_with_image"):
+            raise UnsupportedError(
+                "LoRAtorio: the text encoder of this model reads the images to edit, so LoRAs that change it cannot be "
+                "composed; set their text encoder weight to 0 (te=0)"
+            )
+        dynamic_args.ref_latents = list(references)
+        try:
+            yield
+        finally:
+            dynamic_args.ref_latents = references
 
     def read(self, networks: ModuleType, file: str) -> dict[str, Tensor]:
         weights = networks.load_lora_state_dict(file)

@@ -36,6 +36,7 @@ class Forge(WebUI):
     loaded = "Startup time"
     hires = {"hr_additional_modules": ["Use same choices"]}
     """what a payload for hires fix must say here"""
+    upscaler = "Latent"
 
     def __enter__(self) -> Forge:
         super().__enter__()
@@ -47,6 +48,8 @@ class Forge(WebUI):
     def _generate(self, path: str, payload: dict):
         if payload.get("enable_hr"):
             payload = {"hr_cfg": payload.get("cfg_scale", 7.0), **self.hires, **payload}
+            if payload.get("hr_upscaler") == "Latent":
+                payload["hr_upscaler"] = self.upscaler
         return super()._generate(path, payload)
 
     def img2img(self, image: np.ndarray, **payload):
@@ -73,6 +76,8 @@ class Neo(Forge):
         *("--cpu", "--force-fp32", "--fp32-unet", "--fp32-vae", "--fp32-text-enc"),
     )
     lora_flag = "--lora-dirs"
+    upscaler = "Lanczos"
+    """it has no latent ones"""
 
     def __init__(self, host: Path, data: Path, checkpoint: Path, **options):
         super().__init__(host, data, checkpoint, **options)
