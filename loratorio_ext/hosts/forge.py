@@ -59,7 +59,7 @@ from loratorio_ext.hosts.webui import (
     tell_of_merge,
     tell_of_none,
 )
-from loratorio_ext.hosts.webui_texts import Affix, is_finite_text, same_text
+from loratorio_ext.hosts.webui_texts import Affix, is_finite_text, same_text, token_count
 from loratorio_ext.isolation import ROWS_OF_A_POOL, BatchedCalls, Isolation, Row
 
 __all__ = ["check", "clean_up", "forget_conditionings", "interrupt", "interrupted", "open_sampling"]
@@ -376,12 +376,14 @@ class ForgeSampling:
     def predict(self, step: HostStep, plan: Plan) -> ComposedStep:
         """One prediction an AND part and image, ``[J * B, C, H, W]``, and an unconditional one an image."""
         parts, everything = len(step.cond), len(step.entries)
-        each = everything if plan.uncond or self.company else parts
+        one_by_one = bool(self.company) or self.is_padded(step)
+        each = everything if plan.uncond or one_by_one else parts
         host_rows = [(plan.host, entry) for entry in range(everything)]
         isolated = [[(lora, entry) for entry in range(each)] for lora in plan.isolated]
-        if self.company:
+        if one_by_one:
             host = self.evaluate(step, host_rows)
-            self.check_even_handed(step, host_rows, host)
+            if self.company:
+                self.check_even_handed(step, host_rows, host)
             alone = [self.evaluate(step, rows) for rows in isolated]
         else:
             rows = [*host_rows, *(row for rows in isolated for row in rows)]
@@ -407,6 +409,14 @@ class ForgeSampling:
         names = [self.loras[member].name for member in plan.members]
         self.generation.record(names, composed.weights, predictions.image_of_row)
         return composed
+
+    def is_padded(self, step: HostStep) -> bool:
+        """Whether the host repeats some prompts until all in a batch are of one length, and the model sees it: then a
+        row depends on which others are in its batch. (Cross-attention does not see repetitions.)"""
+        model = self.p.sd_model
+        cross_attends = getattr(model, "is_sd1", False) or getattr(model, "is_sdxl", False)
+        texts = [*map(text_in, step.entries), *(text for texts in self.text.values() for text in texts)]
+        return not cross_attends and len(set(map(token_count, texts))) > 1
 
     def check_even_handed(self, step: HostStep, rows: Sequence[Row], known: Tensor) -> None:
         """Now and then (in model calls 1, 2, 4, 8 ...): what the same rows make must not depend on how often somebody

@@ -28,7 +28,10 @@ def token_count(text: Any) -> int:
 
 
 def vectors(schedules: Any) -> Iterator[Tensor]:
-    """Every tensor in the host's schedules of conditionings, which nest lists, dicts and objects of its own."""
+    """Every tensor in the host's schedules of conditionings, which nest lists, dicts and objects of its own; None, what
+    some hosts have of a negative prompt that they do not need, holds none."""
+    if schedules is None:
+        return
     if isinstance(schedules, Tensor):
         yield schedules
         return
