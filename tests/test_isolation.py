@@ -795,7 +795,9 @@ def test_a_branch_is_finite_in_every_number(bad, dtype):
         assert not is_finite(branch)
 
 
-@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="PyTorch 2.6 and later can be told not to compile")
+@pytest.mark.skipif(
+    not hasattr(torch.compiler, "set_stance"), reason="PyTorch 2.6 and later can be told not to compile"
+)
 def test_code_that_was_compiled_before_does_not_hide_a_lora():
     """The compiled model has seen this shape plainly, and does not look for hooks."""
     model, (x, t) = TinyUNet().requires_grad_(False), (torch.randn(2, 4, 6, 6), torch.randn(2, 6))
