@@ -2,7 +2,7 @@
 
 WebUIs swallow exceptions of scripts and callbacks and go on. A `Generation` therefore brackets two methods of the
 host's processing object whose exceptions are not swallowed. ``p.setup_prompts`` comes after the request's own options
-are set, and before any script has acted: what can be refused is refused there, and nobody has anything to clean up.
+are set, and before any script has processed it: what can be refused is refused there.
 ``p.sample`` is all of a batch's sampling: errors raised meanwhile are kept, sampling is stopped, the other scripts are
 told that the generation is over (hosts do not tell them after an error), and the error is raised there, where it
 reaches the user and the API.
@@ -62,8 +62,9 @@ class Host(Protocol):
     def sampled(self, p: Any) -> bool:
         """Whether the host has called its model in the pass at hand."""
 
-    def clean_up(self, p: Any) -> None:
-        """After an error: let every script put back what it has hooked into the host."""
+    def clean_up(self, p: Any, early: bool = False) -> None:
+        """After an error: let every script put back what it has hooked into the host; ``early``: those that may have
+        done so already when a generation is only about to be processed."""
 
     def forget_conditionings(self, p: Any) -> None:
         """Empty the host's caches of conditionings."""
@@ -229,14 +230,15 @@ class Generation:
     def _checked(self, setup_prompts: Callable[[], None]) -> None:
         """``p.setup_prompts``: refuse what can be refused, and take up the rest."""
         self.end(self.p)
-        if self.error is not None:
-            raise self.error
         setup_prompts()
         try:
+            if self.error is not None:
+                raise self.error
             self.host.check(self)
         except Exception as error:
             self.fail(error)
-            raise self.error from error
+            self.host.clean_up(self.p, early=True)
+            raise self.error from error.__cause__
         # They are kept by prompt, and may have been made with other LoRAs or by other extensions.
         self.host.forget_conditionings(self.p)
         self._replace("sample", self._bracketed)

@@ -148,6 +148,13 @@ def test_a_refusal_comes_before_any_script_has_acted(contract, options):
     assert "neighbour processes" in contract.webui.log()[before:]
 
 
+@pytest.mark.parametrize("options", BAD.values(), ids=BAD)
+def test_who_acts_before_that_cleans_up(contract, options):
+    with pytest.raises(RequestError) as caught:
+        beside(contract, "acts_before_all_others", options)
+    assert caught.value.status == 422
+
+
 @pytest.mark.parametrize("step", [0, 3])
 @pytest.mark.parametrize("kind", [*TAKES_PART, *ELSEWHERE])
 def test_after_an_error_every_script_cleans_up(contract, kind, step):

@@ -286,6 +286,10 @@ class CompanyScript(scripts.Script):
 
         return [gradio.JSON(value=None, visible=False)]
 
+    def before_process(self, p, kind):
+        if kind == "acts_before_all_others":
+            KINDS["remembers_the_first_call"](p, self.stack)
+
     def process(self, p, kind):
         if kind in KINDS:
             KINDS[kind](p, self.stack)

@@ -81,6 +81,7 @@ class StableDiffusionProcessing:
         self.extra_generation_params: dict[str, Any] = {}
         self.comments: dict[str, int] = {}
         self.sampler = self.c = self.uc = self.rng = None
+        self.all_prompts = self.all_negative_prompts = self.all_seeds = self.all_subseeds = None
         self.iteration = 0
         self.cached_c = StableDiffusionProcessing.cached_c
         self.cached_uc = StableDiffusionProcessing.cached_uc
@@ -376,12 +377,12 @@ class Processed:
         self.index_of_first_image = 0
         self.comments = "".join(f"{comment}\n" for comment in p.comments)
         self.said = {
-            "prompt": p.all_prompts[0],
-            "all_prompts": p.all_prompts,
-            "negative_prompt": p.all_negative_prompts[0],
-            "all_negative_prompts": p.all_negative_prompts,
-            "seed": p.all_seeds[0],
-            "all_seeds": p.all_seeds,
+            "prompt": p.prompt,
+            "all_prompts": p.all_prompts or [p.prompt],
+            "negative_prompt": p.negative_prompt,
+            "all_negative_prompts": p.all_negative_prompts or [p.negative_prompt],
+            "seed": (p.all_seeds or [p.seed])[0],
+            "all_seeds": p.all_seeds or [p.seed],
             "width": p.width,
             "height": p.height,
             "sampler_name": p.sampler_name,
