@@ -165,6 +165,13 @@ def test_after_an_error_every_script_cleans_up(contract, kind, step):
     assert "sabotaged" in caught.value.body
 
 
+def test_a_request_can_be_sent_away_before_it_is_processed(contract):
+    before = len(contract.webui.log())
+    composed = beside(contract, "sends_the_request_away", {}, prompt=TWO)
+    assert "neighbour cannot" not in contract.webui.log()[before:]
+    assert largest(composed.images, contract.composed(prompt=TWO).images) == 0
+
+
 def test_a_merged_window_after_a_neighbour_that_marks_the_text(contract):
     expected = contract.composed({"start": 0.5}, prompt=TWO)
     beside(contract, "marks_the_text", {}, prompt=TWO)

@@ -428,7 +428,7 @@ def create_infotext(p: StableDiffusionProcessing, index: int) -> str:
 
 def process_images(p: StableDiffusionProcessing) -> Processed:
     """All images of a request. Options set for it alone are put back, but only those that had been set before."""
-    p.scripts.call("before_process", p)
+    p.scripts.before_process(p)
     opts = shared.opts
     before = {name: opts.data[name] for name in p.override_settings if name in opts.data}
     try:
@@ -450,7 +450,7 @@ def process_images_inner(p: StableDiffusionProcessing) -> Processed:
     p.all_seeds = [seed + (i if p.subseed_strength == 0 else 0) for i in range(len(p.all_prompts))]
     p.all_subseeds = [subseed + i for i in range(len(p.all_prompts))]
     shared.sd_model.tile(p.tiling)
-    scripts.call("process", p)
+    scripts.process(p)
     images, infotexts = [], []
     with torch.no_grad():
         p.init()

@@ -81,6 +81,12 @@ class ScriptRunner:
         """Those that are always on and define a method."""
         return [script for script in self.scripts if script.alwayson and hasattr(script, method)]
 
+    def before_process(self, p: Any) -> None:
+        self.call("before_process", p)
+
+    def process(self, p: Any) -> None:
+        self.call("process", p)
+
     def postprocess(self, p: Any, processed: Any) -> None:
         self.call("postprocess", p, processed)
 
