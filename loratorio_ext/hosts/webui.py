@@ -93,7 +93,7 @@ def tell_of_loras(generation: Generation, loaded: Sequence[str]) -> None:
 def check_tags(p: Any) -> bool:
     """Whether the prompts, as they are before any script has acted, name a LoRA; raises `SettingsError` for a part of a
     tag that is not allowed."""
-    _, tags = extra_networks.parse_prompts([*p.all_prompts, *getattr(p, "all_hr_prompts", ())])
+    _, tags = extra_networks.parse_prompts([*p.all_prompts, *(getattr(p, "all_hr_prompts", None) or ())])
     for params in tags.get("lora", ()):
         parts_of_tag(params.items)
     return bool(tags.get("lora"))
