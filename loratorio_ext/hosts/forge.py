@@ -49,12 +49,12 @@ from loratorio_ext.hosts.webui import (
     encode,
     forget_conditionings,
     interrupt,
-    interrupted,
     leave_out,
     lora_extension,
     plan_step,
     pool_of,
     prompts_of_pass,
+    sampled,
     tell_of_loras,
     tell_of_merge,
     tell_of_none,
@@ -62,7 +62,7 @@ from loratorio_ext.hosts.webui import (
 from loratorio_ext.hosts.webui_texts import Affix, is_finite_text, same_text, token_count
 from loratorio_ext.isolation import ROWS_OF_A_POOL, BatchedCalls, Isolation, Row
 
-__all__ = ["check", "clean_up", "forget_conditionings", "interrupt", "interrupted", "open_sampling"]
+__all__ = ["check", "clean_up", "forget_conditionings", "interrupt", "open_sampling", "sampled"]
 
 logger = logging.getLogger("loratorio")
 

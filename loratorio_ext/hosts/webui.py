@@ -1,5 +1,6 @@
 """What every Stable Diffusion WebUI has alike: its registry of LoRAs, its prompts, its count of steps."""
 
+import logging
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -18,6 +19,8 @@ from loratorio_ext.generation import Generation
 from loratorio_ext.hosts.limits import most_bytes, most_files
 from loratorio_ext.parts import parts_of_tag
 from loratorio_ext.pool import Listed, Member, check_size, path_below, resolve
+
+logger = logging.getLogger("loratorio")
 
 
 def lora_extension() -> ModuleType:
@@ -152,16 +155,25 @@ def interrupt() -> None:
     shared.state.interrupt()
 
 
-def interrupted() -> bool:
-    """Whether the user, or an error of ours, has told the host to stop."""
-    return bool(shared.state.interrupted or shared.state.skipped)
+def sampled(p: Any) -> bool:
+    """Whether the host has called its model in the pass at hand; a sampler may have no step to make."""
+    return p.sampler.model_wrap_cfg.step > 0
 
 
-def clean_up(p: Any) -> None:
-    """Tell every script that the generation is over, as the host does not after an error: they put back what they have
-    hooked into it."""
-    if p.scripts is not None:
-        p.scripts.postprocess(p, processing.Processed(p, []))
+def clean_up(p: Any, early: bool = False) -> None:
+    """Tell the scripts that the generation is over, as the host does not after an error: they put back what they have
+    hooked into it. ``early``: only those that act before scripts process it."""
+    if p.scripts is None:
+        return
+    processed = processing.Processed(p, [])
+    if not early:
+        p.scripts.postprocess(p, processed)
+        return
+    for script in p.scripts.ordered_scripts("before_process"):
+        try:
+            script.postprocess(p, processed, *p.script_args[script.args_from : script.args_to])
+        except Exception:
+            logger.exception("%s failed to clean up", script.filename)
 
 
 def forget_conditionings(p: Any) -> None:
