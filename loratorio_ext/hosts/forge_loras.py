@@ -2,7 +2,6 @@
 
 import logging
 import os
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -13,7 +12,7 @@ from torch import nn
 from loratorio_ext.errors import FileFormatError, UnsupportedError
 from loratorio_ext.generation import Generation
 from loratorio_ext.hosts.forge_backends import Backend
-from loratorio_ext.hosts.forge_patches import Patches, branches
+from loratorio_ext.hosts.forge_patches import Patches, as_held, branches, strengths_of
 from loratorio_ext.hosts.webui import asked_loras, leave_out, listed, pool_of
 from loratorio_ext.isolation import Branch, in_main_memory, is_finite, is_inert
 from loratorio_ext.pool import Listed
@@ -138,27 +137,6 @@ def load(lora: Lora, name: str, base: Patched, networks: ModuleType, backend: Ba
     text = backend.patches(alone.clip.patcher, base.clip.patcher)
     speaks = text and any(of_text for _, of_text in lora.strengths)
     return LoadedLora(lora, name, backend.patches(alone.unet, base.unet), text, alone.clip if speaks else None)
-
-
-def strengths_of(stores: Sequence[Patches]) -> dict[str, Counter]:
-    """How often each strength occurs at each parameter."""
-    found: dict[str, Counter] = {}
-    for store in stores:
-        for name, patches in store.items():
-            found.setdefault(name, Counter()).update(float(patch[0]) for patch in patches)
-    return {name: counter for name, counter in found.items() if counter}
-
-
-def as_held(own: Sequence[Patches], held: Patches) -> list[Patches]:
-    """Each LoRA's patches as the host holds them, in prompt order: other extensions may have changed their strengths,
-    block by block say. Raises ValueError where it cannot be told whose they are."""
-    if not held or strengths_of(own) == strengths_of([held]):
-        return list(own)
-    counts = Counter(name for store in own for name, patches in store.items() for _ in patches)
-    if counts != {name: len(patches) for name, patches in held.items() if patches}:
-        raise ValueError("the host holds other patches than the prompt's files have")
-    rest = {name: iter(patches) for name, patches in held.items()}
-    return [{name: [next(rest[name]) for _ in patches] for name, patches in store.items()} for store in own]
 
 
 def at_present_strengths(

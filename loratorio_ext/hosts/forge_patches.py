@@ -5,6 +5,7 @@ strength of the weight, offset, function``, whatever the host; the last three ar
 to the whole parameter. What may follow is of no account for what is added.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,27 @@ def joined(stores: Sequence[Patches]) -> Patches:
     """All stores' patches, one LoRA's after the other's, as the host merges them."""
     names = dict.fromkeys(name for store in stores for name in store)
     return {name: [patch for store in stores for patch in store.get(name, ())] for name in names}
+
+
+def strengths_of(stores: Sequence[Patches]) -> dict[str, Counter]:
+    """How often each strength occurs at each parameter."""
+    found: dict[str, Counter] = {}
+    for store in stores:
+        for name, patches in store.items():
+            found.setdefault(name, Counter()).update(float(patch[0]) for patch in patches)
+    return {name: counter for name, counter in found.items() if counter}
+
+
+def as_held(own: Sequence[Patches], held: Patches) -> list[Patches]:
+    """Each LoRA's patches as the host holds them, in prompt order: other extensions may have changed their strengths,
+    block by block say. Raises ValueError where it cannot be told whose they are."""
+    if not held or strengths_of(own) == strengths_of([held]):
+        return list(own)
+    counts = Counter(name for store in own for name, patches in store.items() for _ in patches)
+    if counts != {name: len(patches) for name, patches in held.items() if patches}:
+        raise ValueError("the host holds other patches than the prompt's files have")
+    rest = {name: iter(patches) for name, patches in held.items()}
+    return [{name: [next(rest[name]) for _ in patches] for name, patches in store.items()} for store in own]
 
 
 def matrices(value: Any) -> tuple | None:
