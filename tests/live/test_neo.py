@@ -82,3 +82,14 @@ def test_token_merging_does_not_stop_a_composition(contract):
     options = {"host_options": {"token_merging_ratio": 0.3}}
     composed = contract.composed(prompt=TWO, **options)
     assert "one LoRA after the other" in composed.infotext
+
+
+def test_xyz_plot(contract):
+    """Every cell is composed by itself, from copies of one request."""
+    arguments = [2, "2,3", [], 0, "", [], 0, "", [], False, True, False, False, False, False, False, 0, 0, False]
+    scripts = {"LoRAtorio": {"args": [{"enabled": True, "patch_size": 2}]}}
+    plot = contract.generate({"prompt": TWO, "script_name": "x/y/z plot", "script_args": arguments}, scripts)
+    cells = [contract.composed({"patch_size": 2}, prompt=TWO, steps=steps).images[0] for steps in (2, 3)]
+    assert len(plot.images) == 3
+    assert largest(plot.images[1:], cells) == 0
+    assert all("LoRAtorio patch size: 2" in infotext for infotext in plot.info["infotexts"])
