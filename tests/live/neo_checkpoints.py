@@ -17,17 +17,17 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(Path.cwd()), str(Path.cwd() / "modules_forge" / "packages")]
 FAMILIES = ("sdxl", "flux", "schnell", "zimage", "qwen", "chroma", "klein", "lumina", "anima", "ernie")
 
-SDXL = {
+SDXL = {  # what the host knows the family by, all levels equally wide
     "in_channels": 4,
     "model_channels": 320,
     "out_channels": 4,
-    "num_res_blocks": [1, 1, 1],
+    "num_res_blocks": [2, 2, 2],
     "channel_mult": [1, 1, 1],
     "num_head_channels": 64,
     "use_spatial_transformer": True,
-    "transformer_depth": [0, 1, 1],
-    "transformer_depth_output": [0, 0, 1, 1, 1, 1],
-    "transformer_depth_middle": 1,
+    "transformer_depth": [0, 0, 2, 2, 10, 10],
+    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+    "transformer_depth_middle": 10,
     "context_dim": 2048,
     "use_linear_in_transformer": True,
     "num_classes": "sequential",

@@ -25,7 +25,7 @@ spec.loader.exec_module(oracle)
 
 BACKEND = importlib.util.find_spec("backend") is not None
 """Forge and Neo have it; reForge has ldm_patched."""
-FORGE = BACKEND and not hasattr(importlib.import_module("backend.patcher.base").ModelPatcher, "has_online_lora")
+FORGE = BACKEND and hasattr(importlib.import_module("backend.patcher.base").ModelPatcher, "refresh_loras")
 """Forge keeps patches by file; reForge and Neo keep them by parameter."""
 
 
