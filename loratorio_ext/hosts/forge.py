@@ -24,7 +24,7 @@ from loratorio_ext.core import ComposedStep, Plan, Predictions, method_from
 from loratorio_ext.errors import UnsupportedError
 from loratorio_ext.generation import Generation
 from loratorio_ext.hosts.forge_backends import WRAPPER, backend_of
-from loratorio_ext.hosts.forge_company import Company, alone
+from loratorio_ext.hosts.forge_company import Company, Watched, alone
 from loratorio_ext.hosts.forge_loras import (
     NOTHING,
     LoadedLora,
@@ -208,6 +208,7 @@ class ForgeSampling:
         )
         host, original = Patched.by_the_host(model), Patched.original(model)
         self.backend.strip(unet, host.unet, original.unet, self.base.unet)
+        setattr(unet, self.backend.store, Watched(getattr(unet, self.backend.store), self.refuse_change))
         unet.add_extra_preserved_memory_during_sampling(room_for(loras))
         self.hooked = ExitStack()
         self.hooked.callback(self.replace_evaluation(unet))
@@ -225,6 +226,15 @@ class ForgeSampling:
         )
         self.generation.fail(error)
         return self.generation.error
+
+    def refuse_change(self, who: str) -> None:
+        """Somebody would change the prompt's LoRAs while sampling runs."""
+        self.generation.fail(
+            UnsupportedError(
+                f"LoRAtorio: {who} changes LoRAs while the image is made, which cannot be composed in this WebUI; say "
+                "steps=0-0.5 in the LoRA's tag in its place, or switch off LoRAtorio"
+            )
+        )
 
     def replace_evaluation(self, unet: Any):
         def evaluation(model, cond, uncond, x, sigma, options):

@@ -24,6 +24,9 @@ models of videos ``[B, C, T, H, W]``)."""
 class Backend(Protocol):
     """What a host of Forge's family does in its own way."""
 
+    store: str
+    """A patcher's attribute that holds its patches."""
+
     def check(self, p: Any) -> None:
         """Raises `UnsupportedError` for a model, or a use of it, whose LoRAs cannot be isolated here."""
 
@@ -72,6 +75,8 @@ class Plain:
 
 class PatchesByParameter:
     """Patches lie by parameter, whosever they are; the host merges anew when the patcher's uuid is another."""
+
+    store = "patches"
 
     def patches(self, patcher: Any, before: Any) -> Patches:
         known = {id(patch) for patches in before.patches.values() for patch in patches}
@@ -143,6 +148,8 @@ class PreparedEvaluation:
 
 class Forge(Plain, PreparedEvaluation):
     """Patches lie by file."""
+
+    store = "lora_patches"
 
     def patches(self, patcher: Any, before: Any) -> Patches:
         found: Patches = {}

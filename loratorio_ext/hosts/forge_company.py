@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from loratorio_ext.hosts.forge_backends import WRAPPER
-from loratorio_ext.hosts.neighbours import below, company, functions_in, named, neighbour_at_work, owner
+from loratorio_ext.hosts.neighbours import below, company, functions_in, named, neighbour_at_work, owner, owner_of_file
 
 
 def functions_of(options: Any) -> Iterator[Callable]:
@@ -61,6 +61,21 @@ class Company:
 
     def __str__(self) -> str:
         return named(self.names)
+
+
+class Watched(dict):
+    """A patcher's store of LoRAs that tells who goes through it beside the host: to change, in the middle of sampling,
+    LoRAs that are not there."""
+
+    def __init__(self, store: Mapping, tell: Callable[[str], Any]):
+        super().__init__(store)
+        self.tell = tell
+
+    def items(self):
+        who = owner_of_file(sys._getframe(1).f_code.co_filename)
+        if who is not None:
+            self.tell(who)
+        return super().items()
 
 
 @contextmanager

@@ -146,6 +146,11 @@ def row_of(text, row):
     return text[row : row + 1]
 
 
+def as_image(latent):
+    """``[rows, C, H, W]``, of a video's single frame, too."""
+    return latent.reshape(*latent.shape[:2], *latent.shape[-2:])
+
+
 class Run:
     """One sampling pass."""
 
@@ -176,7 +181,7 @@ class Run:
             output = model.apply_model(
                 x[image : image + 1], sigma[image : image + 1], transformer_options={}, **conditions
             )
-            return output.double().numpy()[0]
+            return as_image(output.double().numpy())[0]
 
         with weights(model, patches):
             conds = [
@@ -199,15 +204,15 @@ class Run:
             layout, conds, unconds = self.predict(model, self.all_patches, self.conds, *where)
         else:
             layout, conds, unconds = self.composed(model, *where)
-        total, image_of_row = np.zeros(x.shape), [image for image, parts in enumerate(layout) for _ in parts]
+        total, image_of_row = np.zeros(as_image(x).shape), [image for image, parts in enumerate(layout) for _ in parts]
         strengths = [strength for parts in layout for _, strength in parts]
         for row, image in enumerate(image_of_row):
             share = strengths[row] / sum(s for s, i in zip(strengths, image_of_row) if i == image)
             total[image] += share * conds[row]
-        return [torch.from_numpy(total).to(x), None if unconds is None else torch.from_numpy(unconds).to(x)]
+        return [None if rows is None else torch.from_numpy(rows).to(x).view_as(x) for rows in (total, unconds)]
 
     def composed(self, model, *where):
-        x, sigma = where[2].double().numpy(), where[3].double().numpy()
+        x, sigma = as_image(where[2].double().numpy()), where[3].double().numpy()
         layout, base_cond, base_uncond = self.predict(model, {}, self.base_text, *where)
         loras = [self.predict(model, patches, text, *where)[1:] for patches, text in zip(self.patches, self.texts)]
         conds = np.stack([each[0] for each in loras])
