@@ -41,6 +41,7 @@ from loratorio_ext.hosts.forge_loras import (
 )
 from loratorio_ext.hosts.forge_patches import branches, joined
 from loratorio_ext.hosts.neighbours import callers_of, named
+from loratorio_ext.hosts.pool_files import POOL_FILES
 from loratorio_ext.hosts.webui import (
     check_tags,
     claimed,
@@ -276,6 +277,7 @@ class ForgeSampling:
             if not each.fits:
                 self.generation.note(f"{name} has no layer of this model")
             loaded.append(each)
+        POOL_FILES.keep_used()
         of_the_prompt = [each for each in loaded if not each.lora.pooled]
         held = at_present_strengths(of_the_prompt, self.base, model, self.backend)
         return [*held, *(each for each in loaded if each.lora.pooled)]

@@ -13,6 +13,7 @@ from loratorio_ext.errors import FileFormatError, UnsupportedError
 from loratorio_ext.generation import Generation
 from loratorio_ext.hosts.forge_backends import Backend
 from loratorio_ext.hosts.forge_patches import Patches, as_held, branches, strengths_of
+from loratorio_ext.hosts.pool_files import POOL_FILES
 from loratorio_ext.hosts.webui import asked_loras, leave_out, listed, pool_of
 from loratorio_ext.isolation import Branch, in_main_memory, is_finite, is_inert
 from loratorio_ext.pool import Listed
@@ -108,9 +109,14 @@ class Patched:
     def having(self, lora: Lora, networks: ModuleType, backend: Backend) -> "Patched":
         """These with one more LoRA; what several multipliers of one come to is up to the host."""
         unet, clip = self.unet, self.clip
+
+        def read() -> dict:
+            return backend.read(networks, lora.file)
+
+        weights = POOL_FILES.of((lora.file,), read) if lora.pooled else read()
         for of_unet, of_text in lora.strengths:
-            weights = backend.read(networks, lora.file)
-            unet, clip = networks.load_lora_for_models(unet, clip, weights, of_unet, of_text, filename=lora.file)
+            own = dict(weights)  # a host renames some in place
+            unet, clip = networks.load_lora_for_models(unet, clip, own, of_unet, of_text, filename=lora.file)
         return Patched(unet, clip)
 
 
