@@ -131,7 +131,7 @@ def random_weights(prefix, module, generator):
             continue
         noise = torch.randn(tensor.shape, generator=generator)
         if tensor.ndim < 2 or name.endswith(("gamma", "pad_token")):
-            near = 1.0 if name.endswith(("weight", "scale", "gamma")) else 0.0
+            near = 1.0 if name.endswith(("weight", "scale", "gamma", "running_var")) else 0.0
             found[prefix + name] = (near + 0.1 * noise).half()
         elif "embed" in name and "token" in name or name.endswith("shared.weight"):
             found[prefix + name] = (0.7 * noise).half()

@@ -6,6 +6,7 @@ Which family it is says the environment variable LORATORIO_FAMILY; without it no
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
 LLM = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
 """Widths of the language models that encode prompts; their depth stays, since engines ask for layers by number."""
@@ -105,6 +106,11 @@ def small_encoders():
         return config
 
     transformers.CLIPTextConfig.from_pretrained = shallow
+    elsewhere = str(Path(loader.HF) / "black-forest-labs" / "FLUX.1-dev" / "tokenizer_2")
+    t5 = transformers.T5TokenizerFast.from_pretrained
+    transformers.T5Tokenizer.from_pretrained = transformers.T5TokenizerFast.from_pretrained = lambda path: t5(
+        path if (Path(path) / "tokenizer.json").exists() else elsewhere
+    )
     vision = llama.qwen_vl.Qwen2VLVisionTransformer
     llama.qwen_vl.Qwen2VLVisionTransformer = lambda hidden_size, output_hidden_size: vision(
         64, output_hidden_size, 64, num_heads=2, num_layers=1
