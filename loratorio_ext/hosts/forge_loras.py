@@ -167,8 +167,8 @@ def at_present_strengths(
         now = own if same else as_held(own, held)
     except ValueError as error:
         raise UnsupportedError(
-            f"LoRAtorio: {named(callers_of('cfg_denoiser'))} has changed the LoRAs that the WebUI has loaded, and what it "
-            f"would make of a single one is not known ({error}); switch it off, or LoRAtorio"
+            f"LoRAtorio: {named(callers_of('cfg_denoiser'))} has changed the LoRAs that the WebUI has loaded, and what "
+            f"it would make of a single one is not known ({error}); switch it off, or LoRAtorio"
         ) from error
     return [replace(each, patches=patches) for each, patches in zip(loaded, now)]
 
