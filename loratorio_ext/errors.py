@@ -1,13 +1,20 @@
 """Errors that reach the user. WebUIs build an API response from an exception's ``status_code`` and ``detail``."""
 
+from typing import Any
+
 
 class LoRAtorioError(Exception):
-    """A composition that cannot happen, and why, in words for the user. ``status_code`` is the HTTP status."""
+    """A composition that cannot happen, and why, in words for the user. ``status_code`` is the HTTP status.
+
+    Where one input is to blame, ``field`` names it, ``value`` is what it held, and ``allowed`` says, in words, what it
+    may hold; None where there is no such thing.
+    """
 
     status_code = 500
 
-    def __init__(self, message: str):
+    def __init__(self, message: str, *, field: str | None = None, value: Any = None, allowed: str | None = None):
         super().__init__(message)
+        self.field, self.value, self.allowed = field, value, allowed
         # Hosts look into the instance's own attributes only.
         self.status_code = type(self).status_code
         self.detail = message
