@@ -23,8 +23,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from loratorio_ext.cli import app, find_lora, parse_lora, parse_size
+from loratorio_ext.cli import app
 from loratorio_ext.hosts.diffusers import composed, generators, load_lora, load_pipeline, scheduler_for
+from loratorio_ext.standalone.requests import find_lora, parse_lora, parse_size
 from tests.tiny_pipelines import make_pipeline, write_lora
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "UserWarning")]

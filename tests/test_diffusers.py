@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 from loratorio_ext.core import Plan
 from loratorio_ext.errors import FileFormatError, MissingFileError, SettingsError, UnsupportedError
 from loratorio_ext.hosts.diffusers import (
-    SAMPLERS,
     composed,
     load_lora,
     load_pipeline,
     predicted_noise,
     scheduler_for,
 )
+from loratorio_ext.samplers import SAMPLERS
 from tests import oracle
 from tests.gauge import Gauge
 from tests.tiny_pipelines import FAMILIES, KINDS, LAYOUTS, draw_lora, make_pipeline, touched_layers, write_lora
