@@ -27,7 +27,16 @@ from loratorio_ext.settings import OPTIONS, PRESETS, Settings
 from loratorio_ext.standalone import quiet as libraries
 from loratorio_ext.standalone import tinyworld
 from loratorio_ext.standalone.output import check_out, numbered, save
-from loratorio_ext.standalone.report import UNFORESEEN, Clock, error_report, exit_code, report_of, step_report, written
+from loratorio_ext.standalone.report import (
+    UNFORESEEN,
+    Clock,
+    error_report,
+    exit_code,
+    report_of,
+    step_report,
+    usage_report,
+    written,
+)
 from loratorio_ext.standalone.requests import (
     Model,
     Requested,
@@ -63,8 +72,7 @@ class Commands(TyperGroup):
         except Exception as error:
             if hasattr(error, "format_message"):  # of the options themselves, as Typer finds it
                 error.show()
-                option = getattr(getattr(error, "param", None), "name", None)
-                code, report = error.exit_code, error_report(error.format_message(), "SettingsError", 2, option)
+                code, report = error.exit_code, usage_report(error, args)
             elif type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
                 message = f"LoRAtorio: not enough memory; try --offload model, or a smaller --size or --batch: {error}"
                 typer.echo(message, err=True)

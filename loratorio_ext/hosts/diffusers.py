@@ -127,7 +127,8 @@ def scheduler_for(pipe: Any, sampler: str) -> Any:
     """A scheduler of the kind that WebUIs call ``sampler``, for the noise schedule that the pipeline has."""
     sampler, karras = parse_sampler(sampler)
     config = dict(pipe.scheduler.config)
-    spacing = {} if config.get("timestep_spacing") == "trailing" else sampler.spacing
+    trailing = config.get("timestep_spacing") == "trailing" and not karras  # Karras' goes from first to last
+    spacing = {} if trailing else sampler.spacing
     schedule = {"use_karras_sigmas": karras} if sampler.karras else {}
     return getattr(diffusers, sampler.scheduler).from_config(config, **sampler.options, **spacing, **schedule)
 

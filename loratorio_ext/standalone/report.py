@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from loratorio_ext import __version__
@@ -67,6 +68,24 @@ def error_report(
 
 def report_of(error: LoRAtorioError) -> dict[str, Any]:
     return error_report(str(error), type(error).__name__, exit_code(error), error.field, error.value, error.allowed)
+
+
+def usage_report(error: Any, args: Sequence[str]) -> dict[str, Any]:
+    """The report of what Typer finds wrong with the ``args`` themselves: the option's value as given, and its range."""
+    param = getattr(error, "param", None)
+    option = getattr(error, "option_name", None) or (param.opts[0] if param is not None else None)
+    values = [after for before, after in zip(args, args[1:]) if before == option]
+    values += [arg.partition("=")[2] for arg in args if arg.startswith(f"{option}=")]
+    low, high = getattr(param, "min", None), getattr(param, "max", None)
+    limits = [f"from {low:g}"] * (low is not None) + [f"to {high:g}"] * (high is not None)
+    return error_report(
+        error.format_message(),
+        "SettingsError",
+        error.exit_code,
+        option.lstrip("-").replace("-", "_") if option else None,
+        values[-1] if values else None,
+        " ".join(limits) or None,
+    )
 
 
 def plain_numbers(value: Any) -> Any:

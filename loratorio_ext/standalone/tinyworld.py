@@ -15,8 +15,8 @@ SAMPLING = Sampling(steps=20, cfg=4.0, sampler="DDIM")
 """What its pictures were judged with; see its model card."""
 
 PROMPT = (
-    "a robot on the left and a mushroom on the right, in a city "
-    "<lora:robot_quiet:1> <lora:mushroom_quiet:1> <lora:city_quiet:1>"
+    "a penguin on the left and a mushroom on the right, in a city "
+    "<lora:penguin_quiet:1> <lora:mushroom_quiet:1> <lora:city_quiet:1>"
 )
 """What `loratorio demo` paints: three concepts that the model does not know, of a LoRA each."""
 
