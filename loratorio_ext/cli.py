@@ -28,6 +28,7 @@ from loratorio_ext.standalone import quiet as libraries
 from loratorio_ext.standalone import tinyworld
 from loratorio_ext.standalone.output import check_out, numbered, save
 from loratorio_ext.standalone.report import (
+    INTERRUPTED,
     UNFORESEEN,
     Clock,
     error_report,
@@ -40,6 +41,7 @@ from loratorio_ext.standalone.report import (
 from loratorio_ext.standalone.requests import (
     Model,
     Requested,
+    blaming,
     find_model,
     parse_size,
     pool_members,
@@ -64,11 +66,13 @@ class Commands(TyperGroup):
             return super().main(args, *others, standalone_mode=False, **more)
         try:
             code, report = super().main(args, *others, standalone_mode=False, **more), None
+            if code == INTERRUPTED:  # as Typer returns it
+                raise KeyboardInterrupt
         except LoRAtorioError as error:
             typer.echo(str(error), err=True)
             code, report = exit_code(error), report_of(error)
         except KeyboardInterrupt:
-            code, report = 130, error_report("interrupted", "KeyboardInterrupt", 130)
+            code, report = INTERRUPTED, error_report("LoRAtorio: interrupted", "KeyboardInterrupt", INTERRUPTED)
         except Exception as error:
             if hasattr(error, "format_message"):  # of the options themselves, as Typer finds it
                 error.show()
@@ -151,8 +155,10 @@ class Request:
 
 def load_loras(host: Any, pipe: Any, request: Request, notes: Notes) -> tuple[list[Any], list[Any], dict[str, str]]:
     """The LoRAs asked for, in order, those of the pool that fit, and why others of it are left out, by name."""
-    asked = [host.load_lora(pipe, lora.path, lora.te_weight, lora.unet_weight) for lora in request.loras]
-    pooled, left_out = [], {}
+    asked, pooled, left_out = [], [], {}
+    for lora in request.loras:
+        with blaming("lora", str(lora.path)):
+            asked.append(host.load_lora(pipe, lora.path, lora.te_weight, lora.unet_weight))
     for member in request.members:
         try:
             lora = host.load_lora(pipe, member.lora.file, member.text, member.unet, member.lora.name)
@@ -247,8 +253,9 @@ def paint(request: Request, device: str | None, dtype: str | None, offload: str,
 
     libraries.silence_loading()
     clock, settings = Clock(), request.settings
-    pipe = host.load_pipeline(request.model.path, request.model.config, dtype)
-    host.check_supported(pipe)
+    with blaming("model", str(request.model.path)):
+        pipe = host.load_pipeline(request.model.path, request.model.config, dtype)
+        host.check_supported(pipe)
     pipe.set_progress_bar_config(disable=notes.quiet)
     pipe.scheduler = host.scheduler_for(pipe, request.sampler_name)
     asked, pooled, left_out = load_loras(host, pipe, request, notes)

@@ -157,9 +157,10 @@ def gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
 
 
-def check_size(members: Iterable[Member], most_files: int, most_bytes: int) -> None:
+def check_size(members: Iterable[Member], most_files: int, most_bytes: int, otherwise: str = "raise the limit") -> None:
     """Raises `SettingsError` for a pool of more than ``most_files`` LoRAs, or whose files hold more than ``most_bytes``
-    together; 0 is no limit. Every LoRA of a pool is in memory while an image is made."""
+    together; 0 is no limit. Every LoRA of a pool is in memory while an image is made. ``otherwise``: what to do when so
+    many are meant."""
     members = list(members)
     size = sum(member.lora.size for member in members)
     too_many, too_large = 0 < most_files < len(members), 0 < most_bytes < size
@@ -178,7 +179,7 @@ def check_size(members: Iterable[Member], most_files: int, most_bytes: int) -> N
     raise SettingsError(
         f"LoRAtorio: the pool holds {len(members)} LoRAs of {gib(size)}, of which {shown(entry)} brings "
         f"{len(by_entry)} of {gib(sum(by_entry))}, and may hold {allowed}, since all of it is in memory at once: name "
-        f"fewer, leave some out with a weight of 0 (name:0), or raise the limit",
+        f"fewer, leave some out with a weight of 0 (name:0), or {otherwise}",
         field="pool",
         value=entry,
         allowed=allowed,

@@ -6,7 +6,9 @@ import stat
 
 import pytest
 
-Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("PIL")
+
+from PIL import Image
 
 from loratorio_ext.errors import SettingsError, WriteError
 from loratorio_ext.infotext import PNG_KEY

@@ -8,7 +8,9 @@ import pytest
 from loratorio_ext.errors import SettingsError
 from loratorio_ext.samplers import SAMPLERS, parse_sampler, schedule_type
 
-diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("diffusers")
+
+import diffusers
 
 from loratorio_ext.hosts.diffusers import scheduler_for
 from tests.tiny_pipelines import make_pipeline
@@ -82,7 +84,8 @@ def test_names_in_any_case(said):
 
 
 @pytest.mark.parametrize(
-    "said, hint", [("dpm++2m", "did you mean DPM"), ("magic", "samplers: DDIM, "), ("ddim karras", "DDIM has no Karras")]
+    "said, hint",
+    [("dpm++2m", "did you mean DPM"), ("magic", "samplers: DDIM, "), ("ddim karras", "DDIM has no Karras")],
 )
 def test_what_there_is_not(said, hint):
     with pytest.raises(SettingsError, match=hint) as caught:

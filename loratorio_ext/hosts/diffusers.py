@@ -45,7 +45,14 @@ from torch import Tensor, nn
 
 from loratorio_ext.core import Plan, Predictions, method_from, patch_similarity
 from loratorio_ext.errors import FileFormatError, SettingsError, UnsupportedError
-from loratorio_ext.hosts.diffusers_files import adapter_config, check_checkpoint, check_lora, existing, read_header
+from loratorio_ext.hosts.diffusers_files import (
+    adapter_config,
+    check_checkpoint,
+    check_folder,
+    check_lora,
+    existing,
+    read_header,
+)
 from loratorio_ext.isolation import (
     ROWS_OF_A_POOL,
     CudaMemory,
@@ -85,8 +92,7 @@ def load_pipeline(path: str | Path, config: str | Path | None = None, dtype: tor
     path = existing(path)
     config = None if config is None else existing(config)
     for folder in filter(None, (path if path.is_dir() else None, config)):
-        if not (folder / "model_index.json").is_file():
-            raise FileFormatError(f"LoRAtorio: {folder} is not a diffusers folder: it has no model_index.json")
+        check_folder(folder)
     if not path.is_dir():
         check_checkpoint(read_header(path))
     try:

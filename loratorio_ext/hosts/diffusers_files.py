@@ -76,6 +76,14 @@ def read_header(path: str | Path) -> Header:
         raise FileFormatError(why, value=str(path)) from error
 
 
+def check_folder(path: Path) -> None:
+    """Raises `FileFormatError` for what is no folder of diffusers'."""
+    if not (path / "model_index.json").is_file():
+        raise FileFormatError(
+            f"LoRAtorio: {path} is not a diffusers folder: it has no model_index.json", value=str(path)
+        )
+
+
 def is_lora(header: Header) -> bool:
     """Whether most of the file's tensors are named as those of LoRAs are."""
     named = sum(bool(LORA_KEY.search(name)) for name in header.shapes)

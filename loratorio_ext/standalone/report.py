@@ -17,7 +17,7 @@ from loratorio_ext.errors import (
 )
 
 EXIT_CODES = {SettingsError: 2, MissingFileError: 3, FileFormatError: 4, UnsupportedError: 5, WriteError: 6}
-UNFORESEEN = 1
+UNFORESEEN, INTERRUPTED = 1, 130
 
 
 def rounded(values: Any) -> list[float]:
@@ -77,7 +77,7 @@ def usage_report(error: Any, args: Sequence[str]) -> dict[str, Any]:
     values = [after for before, after in zip(args, args[1:]) if before == option]
     values += [arg.partition("=")[2] for arg in args if arg.startswith(f"{option}=")]
     low, high = getattr(param, "min", None), getattr(param, "max", None)
-    limits = [f"from {low:g}"] * (low is not None) + [f"to {high:g}"] * (high is not None)
+    limits = [f"{word} {limit:g}" for word, limit in (("from", low), ("to", high)) if limit is not None]
     return error_report(
         error.format_message(),
         "SettingsError",

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loratorio_ext.errors import FileFormatError, LoRAtorioError, MissingFileError, SettingsError
-from loratorio_ext.hosts.diffusers_files import check_checkpoint, check_lora, existing, read_header, same_file
+from loratorio_ext.hosts.diffusers_files import (
+    check_checkpoint,
+    check_folder,
+    check_lora,
+    existing,
+    read_header,
+    same_file,
+)
 from loratorio_ext.infotext import LoraToken
 from loratorio_ext.multipliers import parse_multiplier
 from loratorio_ext.pool import Listed, Member, check_size, path_below, resolve
@@ -39,15 +46,15 @@ class Model:
 
 def find_model(text: str, config: Path | None, lora_dir: Path | None) -> Model:
     """The model by its path, or the tiny world by its name; refused where its files cannot be one."""
+    if config is not None:
+        with blaming("config", str(config)):
+            check_folder(existing(config))
     if text == tinyworld.NAME:
         folder = tinyworld.weights()
         return Model(folder / f"{text}.safetensors", config or folder, lora_dir or folder / "lora", tinyworld.SAMPLING)
     with blaming("model", text):
         path = existing(text)
-        if path.is_dir() and not (path / "model_index.json").is_file():
-            raise FileFormatError(f"LoRAtorio: {path} is not a diffusers folder: it has no model_index.json")
-        if not path.is_dir():
-            check_checkpoint(read_header(path))
+        check_folder(path) if path.is_dir() else check_checkpoint(read_header(path))
     return Model(path, config, lora_dir)
 
 
@@ -196,5 +203,5 @@ def pool_members(
         if key not in known:
             known.add(key)
             members.append(member)
-    check_size(members, most_files, most_bytes)
+    check_size(members, most_files, most_bytes, "raise the limits, --pool-files and --pool-gib")
     return members
