@@ -393,7 +393,7 @@ def generate(
         str,
         typer.Option(
             help=f"{', '.join(OFFLOADS)}: what stays in main memory while a GPU computes. model: all but the model at "
-            "work. sequential: all but the layer at work, slow."
+            "work."
         ),
     ] = "none",
     preset: Annotated[str, typer.Option(help=f"{', '.join(PRESETS)}: options to start from.")] = "default",

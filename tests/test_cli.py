@@ -183,6 +183,10 @@ class TestGenerate:
         assert result.exit_code == 0, result.output
         assert all("similarity" not in step for step in json.loads(result.stdout)["steps"])
 
+    def test_half_precision(self, folder):
+        result = run(folder, "--json", "--lora", folder / "loras/hat.safetensors", dtype="bfloat16")
+        assert json.loads(result.stdout)["model"]["dtype"] == "torch.bfloat16", result.output
+
     def test_a_random_seed_is_reported(self, folder):
         result = run(folder, "--json", "--lora", folder / "loras/hat.safetensors", seed=-1)
         assert 0 <= json.loads(result.stdout)["images"][0]["seed"] < 2**32
@@ -314,6 +318,7 @@ class TestErrorReports:
             ({"device": "meta"}, 2, "SettingsError", "device", "meta"),
             ({"device": "nonsense"}, 2, "SettingsError", "device", "nonsense"),
             ({"dtype": "int8"}, 2, "SettingsError", "dtype", "int8"),
+            ({"offload": "sequential"}, 2, "SettingsError", "offload", "sequential"),
             ({"offload": "model"}, 2, "SettingsError", "offload", "model"),
             ({"offload": "disk"}, 2, "SettingsError", "offload", "disk"),
             ({"lora": "{}/loras/hat.safetensors:nan"}, 2, "SettingsError", "lora", "nan"),

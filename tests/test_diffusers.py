@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
+import accelerate
 from diffusers.hooks import HookRegistry, ModelHook
 from safetensors.torch import load_file, save_file
 
@@ -541,6 +542,23 @@ class TestInert:
         assert torch.equal(generate(pipe, [at_zero]), pipe(**arguments(pipe)).images)
 
 
+class TestOffloading:
+    """Hooks of others that move weights about, as when memory is short; here from main memory to itself."""
+
+    def test_models(self, pipes, files):
+        expected = generate(pipes["sd1"], loras_of(pipes["sd1"], files["sd1"]), **OPTIONS)
+        pipe = make_pipeline("sd1")
+        pipe.enable_model_cpu_offload(device="cpu")
+        assert torch.equal(generate(pipe, loras_of(pipe, files["sd1"]), **OPTIONS), expected)
+
+    def test_layers_of_the_unet(self, pipes, files):
+        expected = generate(pipes["sd1"], loras_of(pipes["sd1"], files["sd1"]), **OPTIONS)
+        pipe = make_pipeline("sd1")
+        accelerate.cpu_offload(pipe.unet, torch.device("cpu"))
+        assert next(pipe.unet.parameters()).is_meta
+        assert torch.equal(generate(pipe, loras_of(pipe, files["sd1"]), **OPTIONS), expected)
+
+
 class TestUnsupported:
     def test_adapters_in_the_pipeline(self, files):
         pipe = make_pipeline("sd1")
@@ -576,7 +594,7 @@ class TestUnsupported:
 
     def test_of_several_threads_one_composes(self, pipes, files):
         pipe = pipes["sd1"]
-        loras, start, before = loras_of(pipe, files["sd1"]), threading.Barrier(8), state(pipe)
+        loras, start, before = loras_of(pipe, files["sd1"]), threading.Barrier(8, timeout=60), state(pipe)
 
         def enter(_):
             start.wait()

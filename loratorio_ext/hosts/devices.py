@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = ("float32", "float16", "bfloat16")
-OFFLOADS = ("none", "model", "sequential")
+OFFLOADS = ("none", "model")
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
@@ -79,11 +79,9 @@ def check_offload(offload: str, device: str) -> None:
 
 
 def place(pipe: Any, device: str, offload: str = "none") -> Any:
-    """The pipeline, ready to compute on the device. ``offload`` keeps the rest of it in main memory: "model" all but
-    the model at work, "sequential" all but the layer at work."""
+    """The pipeline, ready to compute on the device; ``offload`` "model": all but the model at work in main memory."""
     check_offload(offload, device)
     if offload == "none":
         return pipe.to(device)
-    enable = pipe.enable_model_cpu_offload if offload == "model" else pipe.enable_sequential_cpu_offload
-    enable(device=device)
+    pipe.enable_model_cpu_offload(device=device)
     return pipe
