@@ -1,6 +1,23 @@
 """Errors that reach the user. WebUIs build an API response from an exception's ``status_code`` and ``detail``."""
 
+import difflib
+import reprlib
+from collections.abc import Iterable
 from typing import Any
+
+
+def shown(value: Any) -> str:
+    """A value as an error message repeats it, shortened."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python writes out no integer of more than some thousand digits.
+        return "a number too long to show"
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str:
+    """A hint at the known name closest to a wrong one, or nothing."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 class LoRAtorioError(Exception):

@@ -4,8 +4,7 @@ import math
 import re
 from typing import Any
 
-from loratorio_ext.errors import SettingsError
-from loratorio_ext.settings import shown
+from loratorio_ext.errors import SettingsError, shown
 
 LIMIT = 100.0
 """No LoRA is trained for more than a few; beyond this a model's numbers overflow."""

@@ -14,9 +14,8 @@ from fnmatch import fnmatchcase
 from pathlib import PurePath
 from typing import Any
 
-from loratorio_ext.errors import SettingsError
+from loratorio_ext.errors import SettingsError, nearest_name, shown
 from loratorio_ext.multipliers import check_multiplier
-from loratorio_ext.settings import nearest_name, shown
 
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)")
 WILD = re.compile(r"[*?\[]")

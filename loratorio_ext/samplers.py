@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from loratorio_ext.errors import SettingsError
-from loratorio_ext.settings import nearest_name, shown
+from loratorio_ext.errors import SettingsError, nearest_name, shown
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from loratorio_ext.hosts.diffusers import (
     scheduler_for,
 )
 from loratorio_ext.samplers import SAMPLERS
+from loratorio_ext.settings import Settings
 from tests import oracle
 from tests.gauge import Gauge
 from tests.tiny_pipelines import FAMILIES, KINDS, LAYOUTS, draw_lora, make_pipeline, touched_layers, write_lora
@@ -329,7 +330,7 @@ class TestRecord:
                 assert composition.steps == seen[-STEPS:]
         merged, inside = seen[1], seen[2]
         assert merged.plan.host == Plan.MERGED and merged.similarity is None and merged.weights is None
-        assert inside.index == 2 and inside.plan == Plan(host=Plan.BASE, isolated=(0, 1, 2))
+        assert inside.index == 2 and inside.plan == Plan(host=Plan.BASE, isolated=(0, 1, 2), members=(0, 1, 2))
         assert inside.timestep == float(pipe.scheduler.timesteps[2])
         assert inside.similarity.shape == inside.weights.shape == (3, 2, 3, 3)
         torch.testing.assert_close(inside.weights.sum(0), torch.ones(2, 3, 3))
@@ -582,12 +583,13 @@ class TestUnsupported:
     def test_a_pipeline_composes_once_at_a_time(self, pipes, files):
         pipe = pipes["sd1"]
         loras, shared = loras_of(pipe, files["sd1"]), type(pipe)(**pipe.components, requires_safety_checker=False)
+        expected = generate(pipe, loras)
         before = state(pipe)
         with composed(pipe, loras):
             for other in (pipe, shared):
                 with pytest.raises(UnsupportedError, match="composes already"), composed(other, loras):
                     pass
-            pipe(**arguments(pipe))
+            assert torch.equal(pipe(**arguments(pipe)).images, expected)
         assert_untouched(pipe, before)
         with composed(shared, loras):
             pass
@@ -623,6 +625,13 @@ class TestUnsupported:
         with composed(pipe, silent, **OPTIONS):
             given = pipe(**call).images
         assert torch.equal(given, generate(pipe, silent, **OPTIONS))
+
+    @pytest.mark.parametrize("options", [{"loras": {"a": {"at": "left"}}}, {"everywhere": ["a"]}], ids=str)
+    def test_options_of_the_webuis_alone(self, pipes, options):
+        """Refused by name, instead of an image that differs in nothing."""
+        with pytest.raises(UnsupportedError, match=next(iter(options))):
+            with composed(pipes["sd1"], [], Settings(**options)):
+                pass
 
     def test_bad_options(self, pipes):
         with pytest.raises(SettingsError, match="patch_size"), composed(pipes["sd1"], [], patch_size=0):

@@ -126,6 +126,10 @@ class TestStructure:
         with pytest.raises(FileFormatError, match=r"is of type I32, not floating point"):
             load_lora(pipe, changed(whole))
 
+    def test_a_yes_or_no_of_ia3_is_no_damage(self, tmp_path):
+        save_file({"a.weight": torch.ones(2), "a.on_input": torch.tensor(True)}, tmp_path / "a.safetensors")
+        check_lora(read_header(tmp_path / "a.safetensors"))
+
     @pytest.mark.parametrize("shape", [(), (3,), (3, 16, 1), (3, 4, 4)])
     def test_shapes(self, pipe, changed, shape):
         def reshape(values):

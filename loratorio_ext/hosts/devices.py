@@ -5,8 +5,7 @@ Torch, which takes a second to import, is imported only by what needs it, so tha
 
 from typing import TYPE_CHECKING, Any
 
-from loratorio_ext.errors import SettingsError
-from loratorio_ext.settings import shown
+from loratorio_ext.errors import SettingsError, shown
 
 if TYPE_CHECKING:
     import torch

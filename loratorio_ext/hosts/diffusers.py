@@ -605,6 +605,10 @@ def composed(
     if settings.pool:
         message = "LoRAtorio: there are no names to choose a pool from; load its LoRAs and list them, too"
         raise SettingsError(message, field="pool", value=settings.pool)
+    for name in ("loras", "everywhere"):
+        if getattr(settings, name):
+            message = f"LoRAtorio: the option {name} does nothing in diffusers pipelines yet"
+            raise UnsupportedError(message, field=name, value=getattr(settings, name), allowed="nothing")
     for lora in loras:
         check_fit(lora.name, lora.branches, pipe)
     composition = Composition(pipe, [lora for lora in loras if lora.branches], settings, on_step)

@@ -114,7 +114,7 @@ def check_lora(header: Header) -> None:
                 raise header.refused(f"is no LoRA: {name} should be one number, and holds {size}")
         elif size == 0:
             raise header.refused(f"is no LoRA: {name} is empty, of shape {shape}")
-        elif not FLOATS.fullmatch(header.types[name]):
+        elif not FLOATS.fullmatch(header.types[name]) and not name.endswith(".on_input"):  # IA3's yes or no
             raise header.refused(f"is no LoRA: {name} is of type {header.types[name]}, not floating point")
     adapter_config(header)
 

@@ -6,7 +6,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from loratorio_ext.errors import FileFormatError, LoRAtorioError, MissingFileError, SettingsError
+from loratorio_ext.errors import (
+    FileFormatError,
+    LoRAtorioError,
+    MissingFileError,
+    SettingsError,
+    nearest_name,
+    shown,
+)
 from loratorio_ext.hosts.diffusers_files import (
     check_checkpoint,
     check_folder,
@@ -19,7 +26,7 @@ from loratorio_ext.infotext import LoraToken
 from loratorio_ext.multipliers import parse_multiplier
 from loratorio_ext.pool import Listed, Member, check_size, path_below, resolve
 from loratorio_ext.samplers import Sampling
-from loratorio_ext.settings import Settings, nearest_name, shown
+from loratorio_ext.settings import Settings
 from loratorio_ext.standalone import tinyworld
 
 LORA_FORM = "FILE, FILE:WEIGHT or FILE:TE:UNET"
