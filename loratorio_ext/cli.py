@@ -21,7 +21,6 @@ from loratorio_ext.generation import NOTE_KEY
 from loratorio_ext.hosts.devices import DTYPES, OFFLOADS, check_choice, check_offload, place, where_to_compute
 from loratorio_ext.infotext import LoraToken, infotext, join_prompt, split_prompt
 from loratorio_ext.pool import Member
-from loratorio_ext.record import PICKED_KEY, Record, written_shares
 from loratorio_ext.samplers import SAMPLERS, Sampler, Sampling, parse_sampler, schedule_type
 from loratorio_ext.settings import OPTIONS, PRESETS, Settings
 from loratorio_ext.standalone import quiet as libraries
@@ -38,23 +37,26 @@ from loratorio_ext.standalone.report import (
     usage_report,
     written,
 )
-from loratorio_ext.standalone.requests import (
-    Model,
-    Requested,
-    blaming,
-    find_model,
-    parse_size,
-    pool_members,
-    requested_loras,
-)
 
 try:
     import typer
     from typer.core import TyperGroup
 
+    from loratorio_ext.record import PICKED_KEY, Record, written_shares
     from loratorio_ext.standalone.options import with_table
+    from loratorio_ext.standalone.requests import (
+        Model,
+        Requested,
+        blaming,
+        find_model,
+        parse_size,
+        pool_members,
+        requested_loras,
+    )
 except ImportError as error:
-    raise SystemExit("The command line needs more packages: pip install 'sd-webui-loratorio[standalone]'") from error
+    raise SystemExit(
+        f"The command line needs more packages ({error}); in the project's folder: pip install '.[standalone]'"
+    ) from error
 
 
 class Commands(TyperGroup):
@@ -384,7 +386,7 @@ def generate(
         typer.Option(help="Diffusers folder with tokenizer and configuration for a single-file checkpoint."),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:N, mps or xpu; default: the GPU where there is one.")
+        str | None, typer.Option(help="cpu, cuda, cuda:N, mps or xpu; default: cuda where there is one.")
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help=f"{', '.join(DTYPES)}; default: float16 on GPUs, float32 on the CPU.")

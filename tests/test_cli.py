@@ -621,7 +621,7 @@ finally:
     def test_the_package_works_without_them(self):
         code = """
 import sys
-for name in ("diffusers", "peft", "transformers", "typer"):
+for name in ("diffusers", "peft", "safetensors", "transformers", "typer"):
     sys.modules[name] = None
 import loratorio_ext, loratorio_ext.core, loratorio_ext.isolation, loratorio_ext.infotext, loratorio_ext.settings
 try:
@@ -630,4 +630,4 @@ except SystemExit as error:
     print(error)
 """
         done = subprocess.run([sys.executable, "-c", code], cwd=self.ROOT, capture_output=True, text=True, check=True)
-        assert "sd-webui-loratorio[standalone]" in done.stdout
+        assert "pip install '.[standalone]'" in done.stdout

@@ -48,14 +48,14 @@ def check_choice(value: str, choices: tuple[str, ...], field: str) -> None:
 
 
 def where_to_compute(device: str | None, dtype: str | None) -> "tuple[str, torch.dtype]":
-    """A torch device and dtype by name; by default the GPU where there is one, and there half precision.
+    """A torch device and dtype by name; by default CUDA's GPU where there is one, and half precision off the CPU.
 
     Raises `SettingsError` for a device that is not here, and for other names.
     """
     import torch
 
     here = devices_here()
-    device = device or next((name for name in here if name != "cpu"), "cpu")
+    device = device or ("cuda" if "cuda" in here else "cpu")
     if device not in here:
         allowed = f"one of {', '.join(here)}"
         raise SettingsError(
