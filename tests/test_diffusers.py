@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 
 from loratorio_ext.core import Plan
 from loratorio_ext.errors import FileFormatError, MissingFileError, SettingsError, UnsupportedError
+from loratorio_ext.hosts.denoisers import predicted_noise
 from loratorio_ext.hosts.diffusers import (
     SAMPLERS,
     composed,
     load_lora,
     load_pipeline,
-    predicted_noise,
     scheduler_for,
 )
 from tests import oracle
@@ -433,8 +433,8 @@ class TestNoise:
 
     def test_unknown_parameterisation(self, pipes):
         scheduler = scheduler_for(pipes["sd1"], "Euler")
-        scheduler.register_to_config(prediction_type="flow_prediction")
-        with pytest.raises(UnsupportedError, match="flow_prediction"):
+        scheduler.register_to_config(prediction_type="trigflow")
+        with pytest.raises(UnsupportedError, match="trigflow"):
             predicted_noise(scheduler, noise(), noise(), torch.tensor(1))
 
 

@@ -77,7 +77,10 @@ class Method(Protocol):
         """The evaluations that step ``step`` (counted in model calls from 0) needs."""
 
     def combine(self, predictions: Predictions) -> ComposedStep:
-        """One conditional and one unconditional prediction from those the plan asked for."""
+        """One conditional and one unconditional prediction from those the plan asked for.
+
+        A host whose model guides in two calls asks twice for a plan: first without unconditional rows, then with them.
+        """
 
 
 def mean_over_rows(weights: Tensor, image_of_row: tuple[int, ...], images: int) -> Tensor:
