@@ -44,6 +44,7 @@ from diffusers.utils.state_dict_utils import (
 )
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from loratorio_ext.core import Plan, Predictions, method_from, patch_similarity
@@ -56,6 +57,8 @@ DENOISERS = ("unet", "transformer")
 TEXT_ENCODER = "text_encoder"
 """A text encoder's name, or its beginning where there are several."""
 HOOK = "loratorio"
+GIVEN_TEXTS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+"""Arguments of pipelines in which texts are given encoded already, the prompt's first."""
 
 
 # --- pipelines --------------------------------------------------------------------------------------------------------
@@ -243,6 +246,8 @@ def component_branches(
             raise KeyError(f"{component}.{name}")
     branches = {}
     for layer, pair in matrices.items():
+        if len(pair) < 2:
+            raise KeyError(f"{component}.{layer} has no lora_{'B' if 'A.weight' in pair else 'A'}")
         down, up = pair["A.weight"], pair["B.weight"]
         rank = len(down)
         scale = alphas[layer] / rank if layer in alphas else default_scale(metadata, layer, rank)
@@ -313,9 +318,10 @@ def load_lora(
 
 
 def read_by_diffusers(pipe: Any, path: Path) -> dict[str, Tensor]:
-    """A file's matrices and alphas by the pipeline's own reader, which knows its model's layouts."""
+    """A file's matrices and alphas by the pipeline's own reader, which knows its model's layouts; as they are where it
+    has none (PixArt's)."""
     if not hasattr(pipe, "lora_state_dict"):
-        raise UnsupportedError(f"LoRAtorio: diffusers reads no LoRAs for {type(pipe).__name__}")
+        return load_file(path)
     given = {"weight_name": path.name, "use_safetensors": True, "local_files_only": True}
     if denoiser_of(pipe) == "unet":
         given["unet_config"] = pipe.unet.config
@@ -403,15 +409,17 @@ class Composition(ModelHook):
         self.steps = []
         self.method = method_from(self.settings)
         self.texts = Texts()
+        self.given: list[Any] = []
         self.under_way: UnderWay | None = None
         self.isolated = IsolatedCalls(
             self.isolation, self.limit, CudaMemory.of(torch.device(self.pipe._execution_device))
         )
 
     @contextmanager
-    def call_of_pipeline(self) -> Iterator[None]:
-        """Around every call of the pipeline."""
+    def call_of_pipeline(self, arguments: Mapping[str, Any]) -> Iterator[None]:
+        """Around every call of the pipeline, with these arguments."""
         self.start()
+        self.given = [arguments[name] for name in GIVEN_TEXTS if arguments.get(name) is not None]
         self.calling = True
         try:
             yield
@@ -435,15 +443,20 @@ class Composition(ModelHook):
         base = self.encode(*args, **kwargs)
         if not self.calling:
             return base
-        speaking = [index for index, lora in enumerate(self.loras) if lora.speaks_to_text_encoder]
-        if speaking and any(name.endswith("prompt_embeds") and kwargs[name] is not None for name in kwargs):
-            raise UnsupportedError("LoRAtorio: LoRAs for the text encoder need the prompt itself, not its embeddings")
+        speaking = self.speaking()
         under = {}
         for whom in (*speaking, *([Plan.MERGED] if speaking else [])):
             with self.acting(whom):
                 under[whom] = self.encode(*args, **kwargs)
         self.texts.add(base, under)
         return base
+
+    def speaking(self) -> list[int]:
+        """The LoRAs that change texts, for which there must be texts to encode."""
+        speaking = [index for index, lora in enumerate(self.loras) if lora.speaks_to_text_encoder]
+        if speaking and self.given:
+            raise UnsupportedError("LoRAtorio: LoRAs for the text encoder need the prompt itself, not its embeddings")
+        return speaking
 
     def plan_step(self) -> Plan:
         index = len(self.steps)
@@ -469,6 +482,8 @@ class Composition(ModelHook):
     ) -> Transformer2DModelOutput | tuple[Any]:
         """In place of the denoiser's: the plan's evaluations, composed into the rows that the pipeline asked for."""
         call = Call.of(denoiser, args, kwargs)
+        if not self.texts.outputs and not self.speaking():
+            self.texts.add(self.given, {})  # some pipelines take these without encode_prompt
         cond, uncond = self.sides(call)
         if cond:
             self.under_way = UnderWay(self.plan_step(), call.x[cond], call.timestep)
@@ -570,8 +585,8 @@ class Composition(ModelHook):
 
 
 @contextmanager
-def calls_inside(pipe: Any, around: Callable[[], AbstractContextManager]) -> Iterator[None]:
-    """While entered, every call of the pipeline runs inside an ``around()``.
+def calls_inside(pipe: Any, around: Callable[[Mapping[str, Any]], AbstractContextManager]) -> Iterator[None]:
+    """While entered, every call of the pipeline runs inside an ``around(arguments)``.
 
     Python looks for ``__call__`` in the class, so for that long the pipeline is of one made for it, of the same name.
     """
@@ -579,7 +594,7 @@ def calls_inside(pipe: Any, around: Callable[[], AbstractContextManager]) -> Ite
 
     @functools.wraps(kind.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with around():
+        with around(inspect.signature(kind.__call__).bind(self, *args, **kwargs).arguments):
             return kind.__call__(self, *args, **kwargs)
 
     pipe.__class__ = type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
