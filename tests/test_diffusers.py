@@ -28,7 +28,17 @@ from loratorio_ext.hosts.diffusers import (
 )
 from tests import oracle
 from tests.gauge import Gauge
-from tests.tiny_pipelines import FAMILIES, KINDS, LAYOUTS, draw_lora, make_pipeline, touched_layers, write_lora
+from tests.tiny_pipelines import (
+    FAMILIES,
+    KINDS,
+    LAYOUTS,
+    assert_untouched,
+    draw_lora,
+    make_pipeline,
+    state,
+    touched_layers,
+    write_lora,
+)
 
 # What diffusers' schedulers and PEFT warn of in themselves.
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "UserWarning")]
@@ -339,24 +349,6 @@ class TestRecord:
             with rows_of_calls(pipe) as rows:
                 generate(pipe, loras_of(pipe, files["sd1"]), base_share=share)
             assert rows == [len(PROMPT) * expected] * STEPS
-
-
-def state(pipe):
-    """Everything that composition might leave behind: weights, hooks and attributes."""
-    models = [model for model in vars(pipe).values() if isinstance(model, torch.nn.Module)]
-    weights = {(i, name): value.clone() for i, model in enumerate(models) for name, value in model.state_dict().items()}
-    hooks = [
-        (i, name, len(module._forward_hooks), len(module._forward_pre_hooks), sorted(vars(module)))
-        for i, model in enumerate(models)
-        for name, module in model.named_modules()
-    ]
-    return weights, hooks, sorted(vars(pipe)), dict(pipe.scheduler.config)
-
-
-def assert_untouched(pipe, before):
-    after = state(pipe)
-    assert after[1:] == before[1:]
-    assert all(torch.equal(value, after[0][name]) for name, value in before[0].items())
 
 
 class TestNothingStays:

@@ -3,6 +3,7 @@
 What a family's pipeline does with its denoiser is written down here anew, for the tests to hold the package against.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
@@ -443,3 +445,126 @@ def write_lora(path, pipe, kind, seed, rank=2, strength=0.3):
         state |= {f"{component}.{name}.lora_A.weight": down, f"{component}.{name}.lora_B.weight": up}
     save_file({name: value.contiguous() for name, value in state.items()}, path, metadata={"format": "pt"})
     return path
+
+
+# --- pipelines that start from images, or are led by them -------------------------------------------------------------
+
+
+def image_vae(channels=4):
+    return draw(
+        diffusers.AutoencoderKL(
+            block_out_channels=(8, 8, 8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=1,
+            norm_num_groups=4,
+            latent_channels=channels,
+            shift_factor=0.1,
+        ),
+        1,
+    )
+
+
+def qwen_vae():
+    small = {"base_dim": 8, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True, True]}
+    means = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+    return draw(diffusers.AutoencoderKLQwenImage(z_dim=4, attn_scales=[], **small, **means), 1)
+
+
+def controlnet(kind, **config):
+    """A ControlNet around a transformer's own configuration."""
+
+    def make(transformer):
+        names = inspect.signature(getattr(diffusers, kind).__init__).parameters
+        shared = {name: value for name, value in transformer.config.items() if name in names}
+        return draw(getattr(diffusers, kind)(**{**shared, **config}), 6)
+
+    return make
+
+
+def to_pil(image):
+    return Image.fromarray((255 * image).byte().permute(1, 2, 0).numpy()).resize((80, 64))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Another pipeline around a family's models: with a VAE, perhaps other ``channels`` of the transformer's input and
+    a ``controlnet``; its call takes ``images`` (as ``pil``), and no latents where ``noise`` is its own."""
+
+    family: str
+    pipeline: str
+    images: tuple[str, ...]
+    channels: int | None = None
+    out_channels: int | None = None
+    controlnet: Callable[[nn.Module], nn.Module] | None = None
+    vae: Callable[[], nn.Module] = image_vae
+    noise: bool = True
+    pil: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def make(self):
+        transformer = FAMILIES[self.family].transformer()
+        if self.channels is not None:
+            config = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
+            out = self.out_channels or transformer.config.in_channels
+            transformer = type(transformer)(**{**config, "in_channels": self.channels, "out_channels": out})
+        parts = {"vae": self.vae(), "transformer": draw(transformer, 3)}
+        if self.controlnet is not None:
+            parts["controlnet"] = self.controlnet(transformer)
+        return make_pipeline(self.family, kind=self.pipeline, **parts)
+
+    def arguments(self, pipe):
+        takes = inspect.signature(type(pipe).__call__).parameters
+        call = {name: value for name, value in arguments(self.family).items() if name in takes}
+        size = call["height"], call["width"]
+        generator = torch.Generator().manual_seed(5)
+        for name in self.images:
+            mask = "mask" in name
+            image = torch.rand(2, 1 if mask else 3, *size, generator=generator)
+            call[name] = (image > 0.5).float() if mask else image
+            if self.pil:
+                call[name] = to_pil(image[0])
+        if self.noise:
+            call.pop("latents")
+            call["generator"] = [torch.Generator().manual_seed(each) for each in (7, 8)]
+        return {**call, **self.options}
+
+
+CONTROL = {"controlnet_conditioning_scale": 0.7}
+VARIANTS = [
+    Variant("flux-dev", "FluxImg2ImgPipeline", ("image",)),
+    Variant("flux-dev", "FluxInpaintPipeline", ("image", "mask_image")),
+    Variant("flux-dev", "FluxFillPipeline", ("image", "mask_image"), channels=16 + 16 + 256),
+    Variant("flux-dev", "FluxControlPipeline", ("control_image",), channels=32),
+    Variant("flux-dev", "FluxKontextPipeline", ("image",), options={"_auto_resize": False, "max_area": 48 * 80}),
+    Variant(
+        "flux-dev",
+        "FluxControlNetPipeline",
+        ("control_image",),
+        controlnet=controlnet("FluxControlNetModel"),
+        options=CONTROL,
+    ),
+    Variant("sd3", "StableDiffusion3Img2ImgPipeline", ("image",)),
+    Variant("sd3", "StableDiffusion3InpaintPipeline", ("image", "mask_image"), 16, 16, vae=lambda: image_vae(16)),
+    Variant(
+        "sd3",
+        "StableDiffusion3ControlNetPipeline",
+        ("control_image",),
+        controlnet=controlnet("SD3ControlNetModel", dual_attention_layers=()),
+        options=CONTROL,
+    ),
+    Variant("qwen-image", "QwenImageImg2ImgPipeline", ("image",), vae=qwen_vae),
+    Variant("qwen-image", "QwenImageInpaintPipeline", ("image", "mask_image"), vae=qwen_vae),
+    Variant(
+        "qwen-image",
+        "QwenImageControlNetPipeline",
+        ("control_image",),
+        controlnet=controlnet("QwenImageControlNetModel"),
+        vae=qwen_vae,
+        options=CONTROL,
+    ),
+    Variant("z-image", "ZImageImg2ImgPipeline", ("image",)),
+    Variant("z-image", "ZImageInpaintPipeline", ("image", "mask_image")),
+    Variant("chroma", "ChromaImg2ImgPipeline", ("image",)),
+    Variant("flux2-klein", "Flux2KleinPipeline", ("image",), vae=lambda: klein_parts()["vae"], noise=False, pil=True),
+]

@@ -278,8 +278,8 @@ def places_of_tokens(arguments: Mapping[str, Any]) -> tuple[int, int]:
     """Rows and columns of an image's tokens, from the arguments that give the places or the size of those."""
     shapes, ids = arguments.get("img_shapes"), arguments.get("img_ids")
     if shapes is not None:
-        size = shapes[0]
-        frames, h, w = size[0] if isinstance(size, (list, tuple)) else size
+        size = shapes[0]  # of the first row, or of its images
+        frames, h, w = size[0] if isinstance(size[0], (list, tuple)) else size
         if frames == 1:
             return h, w
     elif ids is not None:
