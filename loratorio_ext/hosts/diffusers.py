@@ -50,7 +50,8 @@ from torch import Tensor, nn
 from loratorio_ext.core import Plan, Predictions, method_from, patch_similarity
 from loratorio_ext.errors import FileFormatError, MissingFileError, SettingsError, UnsupportedError
 from loratorio_ext.hosts.denoisers import ROWS_APART, Call, Layout, Texts, noise_gain, predicted_noise, stacked
-from loratorio_ext.isolation import ROWS_OF_A_POOL, CudaMemory, IsolatedCalls, Isolation, LowRank, Row
+from loratorio_ext.hosts.lycoris import branch_of, by_layer, is_lycoris
+from loratorio_ext.isolation import ROWS_OF_A_POOL, Branch, CudaMemory, Delta, IsolatedCalls, Isolation, LowRank, Row
 from loratorio_ext.settings import Settings, nearest_name
 
 DENOISERS = ("unet", "transformer")
@@ -175,7 +176,7 @@ class LoRA:
     """
 
     name: str
-    branches: Mapping[str, LowRank]
+    branches: Mapping[str, Branch]
     pooled: bool = False
 
     @property
@@ -207,7 +208,7 @@ def layers_of(pipe: Any) -> dict[str, nn.Module]:
         f"{component}.{name}": layer
         for component in (denoiser_of(pipe), *text_encoders_of(pipe))
         for name, layer in getattr(pipe, component).named_modules()
-        if isinstance(layer, (nn.Linear, nn.Conv2d))
+        if isinstance(layer, (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)) and layer.weight is not None
     }
 
 
@@ -255,20 +256,23 @@ def component_branches(
     return branches
 
 
-def misfit(branch: LowRank, layer: nn.Module | None) -> str | None:
+def misfit(branch: Branch, layer: nn.Module | None) -> str | None:
     """Why a branch cannot belong to a layer, in words and shapes, or None where it can."""
+    if isinstance(branch, Delta):  # made for this layer
+        return None
     down, up = tuple(branch.down.shape), tuple(branch.up.shape)
     if layer is None:
         return f"no such layer (LoRA: down {down}, up {up})"
     fan_out, fan_in = layer.weight.shape[0], math.prod(layer.weight.shape[1:])
     if isinstance(layer, nn.Linear):  # a quantised weight has another shape
         fan_out, fan_in = layer.out_features, layer.in_features
-    if (math.prod(down[1:]), up[0]) != (fan_in, fan_out) or math.prod(up[1:]) != down[0]:
+    inside = math.prod(down[1:]) if branch.mid is None else down[1] * math.prod(branch.mid.shape[2:])
+    if (inside, up[0]) != (fan_in, fan_out) or math.prod(up[1:]) != down[0]:
         return f"LoRA down {down}, up {up}; layer {tuple(layer.weight.shape)}"
     return None
 
 
-def check_fit(name: str, branches: Mapping[str, LowRank], pipe: Any) -> None:
+def check_fit(name: str, branches: Mapping[str, Branch], pipe: Any) -> None:
     """Raises `UnsupportedError` unless every branch belongs to a layer of the pipeline's models."""
     layers = layers_of(pipe)
     misfits = {layer: why for layer, branch in branches.items() if (why := misfit(branch, layers.get(layer)))}
@@ -294,40 +298,104 @@ def load_lora(
         keys, metadata = list(file.keys()), file.metadata() or {}
     if path.suffix != ".safetensors":
         raise FileFormatError(f"LoRAtorio: {path} must be named .safetensors")
-    dora = [key for key in keys if "dora_scale" in key or "lora_magnitude_vector" in key]
-    if dora:
-        raise UnsupportedError(f"LoRAtorio: {name} is a DoRA (key {dora[0]}), which cannot be isolated here")
     unet_weight = te_weight if unet_weight is None else unet_weight
-    peft = json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY) or "{}")
-    branches: dict[str, LowRank] = {}
     try:
-        values = read_by_diffusers(pipe, path)
-        check_nothing_dropped(keys, values)
-        for component in dict.fromkeys(key.partition(".")[0] for key in values):
-            mine = without_prefix(values, component)
-            if not mine or not component.startswith((*DENOISERS, TEXT_ENCODER)):
-                raise KeyError(next(key for key in values if key.startswith(component)))
-            weight = te_weight if component.startswith(TEXT_ENCODER) else unet_weight
-            model = getattr(pipe, component, None)
-            branches |= component_branches(component, model, mine, without_prefix(peft, component), weight)
+        if is_lycoris(keys):
+            branches = lycoris_branches(pipe, load_file(path), te_weight, unet_weight)
+        else:
+            peft = json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY) or "{}")
+            branches = plain_branches(pipe, path, keys, peft, te_weight, unet_weight)
     except (KeyError, ValueError) as error:
         what = textwrap.shorten(str(error.args[0] if error.args else error), 300, placeholder=" …")
         raise UnsupportedError(f"LoRAtorio: {name} holds what is no LoRA that diffusers can read: {what}") from error
     check_fit(name, branches, pipe)
-    return LoRA(name, {layer: branch for layer, branch in branches.items() if branch.scale})
+    return LoRA(name, {layer: branch for layer, branch in branches.items() if getattr(branch, "scale", 1)})
 
 
-def read_by_diffusers(pipe: Any, path: Path) -> dict[str, Tensor]:
-    """A file's matrices and alphas by the pipeline's own reader, which knows its model's layouts; as they are where it
-    has none (PixArt's)."""
+def plain_branches(
+    pipe: Any, path: Path, keys: Sequence[str], metadata: Mapping[str, Any], te_weight: float, unet_weight: float
+) -> dict[str, Branch]:
+    """The branches of a file of plain LoRAs; `KeyError` for what is none."""
+    values = read_by_diffusers(pipe, path)
+    check_nothing_dropped(keys, values)
+    branches: dict[str, Branch] = {}
+    for component in dict.fromkeys(key.partition(".")[0] for key in values):
+        mine = without_prefix(values, component)
+        if not mine or not component.startswith((*DENOISERS, TEXT_ENCODER)):
+            raise KeyError(next(key for key in values if key.startswith(component)))
+        weight = te_weight if component.startswith(TEXT_ENCODER) else unet_weight
+        model = getattr(pipe, component, None)
+        branches |= component_branches(component, model, mine, without_prefix(metadata, component), weight)
+    return branches
+
+
+def lycoris_branches(
+    pipe: Any, values: Mapping[str, Tensor], te_weight: float, unet_weight: float
+) -> dict[str, Branch]:
+    """The branches of a file of other networks; `KeyError` for parts and layers that are not known."""
+    parts = by_layer(values)
+    names, layers = names_of_layers(pipe, parts), layers_of(pipe)
+    return {
+        names[key]: branch_of(
+            key, mine, layers[names[key]], te_weight if names[key].startswith(TEXT_ENCODER) else unet_weight
+        )
+        for key, mine in parts.items()
+    }
+
+
+def names_of_layers(pipe: Any, keys: Iterable[str]) -> dict[str, str]:
+    """The pipeline's names of layers, by a file's; `KeyError` for one that names no layer, or several.
+
+    Names are the pipeline's own, dotted or flat; or what its reader of LoRAs makes of them, which is asked with a LoRA
+    of these layers in which the numbers tell them apart.
+    """
+    layers = layers_of(pipe)
+    known = {name: name for name in layers}
+    for name in layers:
+        component, _, rest = name.partition(".")
+        flat = rest.replace(".", "_")
+        if component.startswith(TEXT_ENCODER):
+            number = component.removeprefix(TEXT_ENCODER).removeprefix("_")
+            prefixes = [f"lora_te{number}"] if number else ["lora_te", "lora_te1"]
+            flat = f"text_model_{flat.removeprefix('text_model_')}"
+        else:
+            prefixes = ["lycoris", "lora_unet", "lora_transformer"]
+        known |= {f"{prefix}_{flat}": name for prefix in prefixes}
+    others = [key for key in keys if key not in known]
+    if others:
+        asked = {}
+        for number, key in enumerate(others, start=1):
+            asked |= {
+                f"{key}.lora_down.weight": torch.full((1, 1), float(number)),
+                f"{key}.lora_up.weight": torch.ones(1, 1),
+            }
+        try:
+            answer = read_by_diffusers(pipe, asked)
+        except (ValueError, RuntimeError, IndexError) as error:
+            raise KeyError(f"{others[0]}, which is no layer of this {type(pipe).__name__}") from error
+        for component in dict.fromkeys(name.partition(".")[0] for name in answer):
+            mine = to_peft_names(component, getattr(pipe, component, None), without_prefix(answer, component))
+            for name, value in mine.items():
+                if name.endswith(".lora_A.weight"):
+                    known[others[int(value) - 1]] = f"{component}.{name.removesuffix('.lora_A.weight')}"
+    for key in keys:
+        if known.get(key) not in layers:
+            raise KeyError(f"{key}, which is no layer of this {type(pipe).__name__}")
+    return known
+
+
+def read_by_diffusers(pipe: Any, source: Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A file's matrices and alphas (or such tensors') by the pipeline's own reader, which knows its model's layouts; as
+    they are where it has none (PixArt's)."""
+    in_file = isinstance(source, Path)
     if not hasattr(pipe, "lora_state_dict"):
-        return load_file(path)
-    given = {"weight_name": path.name, "use_safetensors": True, "local_files_only": True}
+        return load_file(source) if in_file else dict(source)
+    given = {"weight_name": source.name, "use_safetensors": True, "local_files_only": True} if in_file else {}
     if denoiser_of(pipe) == "unet":
         given["unet_config"] = pipe.unet.config
     elif "return_alphas" in inspect.signature(pipe.lora_state_dict).parameters:
         given["return_alphas"] = True
-    read = pipe.lora_state_dict(str(path.parent), **given)
+    read = pipe.lora_state_dict(str(source.parent) if in_file else dict(source), **given)
     matrices, alphas = read if isinstance(read, tuple) else (read, None)
     return {**matrices, **(alphas or {})}
 
