@@ -322,9 +322,11 @@ class TestIndependence:
         users = {
             str(path.relative_to(self.ROOT))
             for path in files
-            if {"diffusers", "lycoris", "peft", "transformers", "typer", "accelerate"} & set(imported(path))
+            if {"compel", "diffusers", "lycoris", "peft", "transformers", "typer", "accelerate"} & set(imported(path))
         }
-        assert users == {f"loratorio_ext/{name}.py" for name in ("hosts/diffusers", "hosts/lycoris", "cli")}
+        assert users == {
+            f"loratorio_ext/{name}.py" for name in ("hosts/diffusers", "hosts/lycoris", "hosts/prompts", "cli")
+        }
 
     def test_the_package_works_without_them(self):
         code = """

@@ -15,7 +15,7 @@ pytest.importorskip("peft")
 
 import diffusers
 import peft
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from loratorio_ext.errors import UnsupportedError
 from loratorio_ext.hosts.denoisers import Call, Layout
@@ -342,6 +342,96 @@ class TestNothingStays:
                 handle.remove()
         assert_untouched(pipe, before)
         assert torch.equal(pipe(**arguments(name)).images, plain)
+
+
+class TestFiles:
+    """LoRAs in layouts of their own, against the pipeline with the LoRA loaded by diffusers, or injected by PEFT."""
+
+    def one_alone(self, file):
+        pipe = pipeline("flux-dev")
+        plain = pipe(**arguments("flux-dev")).images
+        with composed(pipe, [load_lora(pipe, file)], method="composite"):
+            return pipe(**arguments("flux-dev")).images, plain
+
+    def kohya(self, layers, rank=2):
+        """{name: (in, out)} as a file of kohya's trainer has it."""
+        generator = torch.Generator().manual_seed(9)
+        state = {}
+        for name, (fan_in, out) in layers.items():
+            down, up = torch.randn(rank, fan_in, generator=generator), torch.randn(out, rank, generator=generator)
+            state |= {f"{name}.lora_down.weight": 0.3 * down, f"{name}.lora_up.weight": 0.3 * up}
+            state[f"{name}.alpha"] = torch.tensor(1.0)
+        return state
+
+    def test_kohya(self, tmp_path):
+        """Whose layers hold query, key and value together."""
+        layers = {
+            "lora_unet_double_blocks_0_img_attn_qkv": (32, 96),
+            "lora_unet_double_blocks_0_txt_mlp_0": (32, 128),
+            "lora_te1_text_model_encoder_layers_0_mlp_fc1": (16, 32),
+        }
+        save_file(self.kohya(layers), tmp_path / "kohya.safetensors")
+        actual, plain = self.one_alone(tmp_path / "kohya.safetensors")
+        pipe = make_pipeline("flux-dev")
+        pipe.load_lora_weights(str(tmp_path), weight_name="kohya.safetensors")
+        expected = pipe(**arguments("flux-dev")).images.double()
+        assert relative_error(actual, expected) < 1e-4 < relative_error(plain, expected)
+
+    def test_kohya_for_an_encoder_that_diffusers_drops(self, tmp_path):
+        layers = {
+            "lora_unet_double_blocks_0_txt_mlp_0": (32, 128),
+            "lora_te2_encoder_block_0_layer_0_SelfAttention_q": (32, 16),
+        }
+        save_file(self.kohya(layers), tmp_path / "t5.safetensors")
+        with pytest.raises(UnsupportedError, match="t5 .*lora_te2_encoder_block_0"):
+            load_lora(pipeline("flux-dev"), tmp_path / "t5.safetensors")
+
+    def test_t5(self, tmp_path):
+        pipe = make_pipeline("flux-dev")
+        layer = "encoder.block.0.layer.0.SelfAttention.q"
+        generator = torch.Generator().manual_seed(4)
+        shapes = {"lora_A": (2, 32), "lora_B": (16, 2)}
+        values = {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+        state = {f"text_encoder_2.{layer}.{key}.weight": value for key, value in values.items()}
+        save_file(state, tmp_path / "t5.safetensors")
+        actual, plain = self.one_alone(tmp_path / "t5.safetensors")
+        inject(pipe.text_encoder_2, {key.removeprefix("text_encoder_2."): value for key, value in state.items()}, 1.0)
+        expected = pipe(**arguments("flux-dev")).images.double()
+        assert relative_error(actual, expected) < 1e-4 < relative_error(plain, expected)
+
+
+def group_offloaded(pipe):
+    cpu = torch.device("cpu")
+    pipe.transformer.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+
+
+def stored_in_float8(pipe):
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+
+
+def in_bfloat16(pipe):
+    pipe.to(torch.bfloat16)
+
+
+class TestSavingMemory:
+    @pytest.mark.parametrize("name", ["flux-dev", "z-image"])
+    @pytest.mark.parametrize(
+        "save, tolerance", [(group_offloaded, 1e-4), (stored_in_float8, 1e-4), (in_bfloat16, 0.02)], ids=str
+    )
+    def test_copies_of_one_lora_compose_to_it(self, files, name, save, tolerance):
+        pipe = make_pipeline(name)
+        save(pipe)
+        call = arguments(
+            name, dtype=next(pipe.transformer.parameters()).dtype if save is in_bfloat16 else torch.float32
+        )
+        plain = pipe(**call).images
+        lora = load_lora(pipe, files(name)[0])
+        with composed(pipe, [lora] * 3, base_share=0.0, patch_size=2):
+            three = pipe(**call).images
+        assert torch.equal(pipe(**call).images, plain)
+        with composed(pipe, [lora], method="merge"):
+            one = pipe(**call).images.double()
+        assert relative_error(three, one) < tolerance < relative_error(plain, one)
 
 
 class TestRefused:

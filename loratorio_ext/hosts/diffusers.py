@@ -214,11 +214,11 @@ def layers_of(pipe: Any) -> dict[str, nn.Module]:
 
 def to_peft_names(component: str, model: nn.Module, values: Mapping[str, Any]) -> dict[str, Any]:
     """Values of one component under PEFT's names (``LAYER.lora_A.weight``), by the conversions diffusers loads with."""
+    named = {name: value for name, value in values.items() if ".lora_A." in name or ".lora_B." in name}
+    others = {name: value for name, value in values.items() if name not in named}
     if component in DENOISERS:
-        named = {name: value for name, value in values.items() if ".lora_A." in name or ".lora_B." in name}
-        others = {name: value for name, value in values.items() if name not in named}
         return named | convert_unet_state_dict_to_peft(others)
-    names = convert_state_dict_to_peft(convert_state_dict_to_diffusers(values))
+    names = named | (convert_state_dict_to_peft(convert_state_dict_to_diffusers(others)) if others else {})
     if hasattr(model, "text_model"):
         return names
     return {name.removeprefix("text_model."): value for name, value in names.items()}
@@ -511,7 +511,8 @@ class Composition(ModelHook):
         base = self.encode(*args, **kwargs)
         if not self.calling:
             return base
-        speaking = self.speaking()
+        encoded = any(name.endswith("prompt_embeds") and kwargs[name] is not None for name in kwargs)
+        speaking = self.speaking(encoded)
         under = {}
         for whom in (*speaking, *([Plan.MERGED] if speaking else [])):
             with self.acting(whom):
@@ -519,10 +520,10 @@ class Composition(ModelHook):
         self.texts.add(base, under)
         return base
 
-    def speaking(self) -> list[int]:
-        """The LoRAs that change texts, for which there must be texts to encode."""
+    def speaking(self, encoded: bool) -> list[int]:
+        """The LoRAs that change texts; texts must not be given ``encoded`` already then."""
         speaking = [index for index, lora in enumerate(self.loras) if lora.speaks_to_text_encoder]
-        if speaking and self.given:
+        if speaking and encoded:
             raise UnsupportedError("LoRAtorio: LoRAs for the text encoder need the prompt itself, not its embeddings")
         return speaking
 
@@ -550,7 +551,7 @@ class Composition(ModelHook):
     ) -> Transformer2DModelOutput | tuple[Any]:
         """In place of the denoiser's: the plan's evaluations, composed into the rows that the pipeline asked for."""
         call = Call.of(denoiser, args, kwargs)
-        if not self.texts.outputs and not self.speaking():
+        if not self.texts.outputs and not self.speaking(encoded=True):
             self.texts.add(self.given, {})  # some pipelines take these without encode_prompt
         cond, uncond = self.sides(call)
         if cond:
@@ -644,9 +645,10 @@ class Composition(ModelHook):
     @contextmanager
     def installed(self) -> Iterator[None]:
         """While entered, the pipeline composes."""
+        encode_prompt = functools.update_wrapper(functools.partial(self.encode_prompt), self.encode)
         with (
             hooked(self.denoiser, self),
-            replaced(self.pipe, "encode_prompt", self.encode_prompt),
+            replaced(self.pipe, "encode_prompt", encode_prompt),
             calls_inside(self.pipe, self.call_of_pipeline),
         ):
             yield
