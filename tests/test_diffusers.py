@@ -1,5 +1,6 @@
 """Composition in diffusers pipelines against the literal reference over diffusers' own PEFT adapters, in float64."""
 
+import inspect
 import json
 import math
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
+import diffusers
+from diffusers import ControlNetModel
 from diffusers.hooks import HookRegistry, ModelHook
 from safetensors.torch import load_file, save_file
 
@@ -33,6 +36,7 @@ from tests.tiny_pipelines import (
     KINDS,
     LAYOUTS,
     assert_untouched,
+    draw,
     draw_lora,
     make_pipeline,
     state,
@@ -325,6 +329,62 @@ class TestConsequences:
             call |= {"latents": noise(3), "num_images_per_prompt": 3, "callback_on_step_end": callback}
             assert pipe(**call).images.shape[0] == 3
         assert seen == [(step, 3) for step in range(STEPS)]
+
+
+class TestVariants:
+    """Pipelines that start from images, or are led by them: against the pipeline with the LoRA loaded by diffusers."""
+
+    @pytest.mark.parametrize(
+        "family, kind",
+        [("sd1", "Img2Img"), ("sd1", "Inpaint"), ("sd1", "ControlNet"), ("sdxl", "Img2Img"), ("sdxl", "ControlNet")],
+    )
+    def test_copies_of_one_lora_compose_to_it(self, files, family, kind):
+        file = files[family][0]
+        pipe = variant(family, kind)
+        plain = pipe(**images_and_noise(pipe)).images
+        before = state(pipe)
+        with composed(pipe, [load_lora(pipe, file)] * 3, base_share=0.0):
+            actual = pipe(**images_and_noise(pipe)).images
+        assert_untouched(pipe, before)
+        assert torch.equal(pipe(**images_and_noise(pipe)).images, plain)
+        pipe.load_lora_weights(str(file.parent), weight_name=file.name)
+        expected = pipe(**images_and_noise(pipe)).images.double()
+        assert relative_error(actual, expected) < 1e-4
+        assert relative_error(plain, expected) > 0.02
+
+    def test_rows_beyond_guidance(self, files):
+        pipe = variant("sd1", "PAG")
+        with pytest.raises(UnsupportedError, match="6 rows for 2 images"):
+            generate(pipe, loras_of(pipe, files["sd1"]), call={"pag_scale": 3.0})
+
+
+def variant(family, kind):
+    """Another pipeline around a family's models; a ControlNet reads the prompt, too."""
+    base = make_pipeline(family)
+    name = f"StableDiffusion{'XL' if family == 'sdxl' else ''}{kind}Pipeline"
+    parts = dict(base.components)
+    if kind == "ControlNet":
+        parts["controlnet"] = draw(
+            ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=(8,) * 4), 7
+        )
+    if family == "sd1":
+        parts["requires_safety_checker"] = False
+    pipe = getattr(diffusers, name)(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def images_and_noise(pipe):
+    """Arguments of a call, with the images that the pipeline takes."""
+    call = arguments(pipe, size=(8, 8), generator=[torch.Generator().manual_seed(each) for each in (1, 2)])
+    takes = inspect.signature(type(pipe).__call__).parameters
+    generator = torch.Generator().manual_seed(3)
+    for name, channels in (("image", 3), ("mask_image", 1)):
+        image = torch.rand(2, channels, 64, 64, generator=generator)
+        call[name] = (image > 0.5).float() if name == "mask_image" else image
+    if "strength" in takes:
+        del call["latents"]
+    return {name: value for name, value in call.items() if name in takes}
 
 
 class TestRecord:

@@ -129,6 +129,14 @@ class Call:
         return {name: taken(name, [source[name] for source in sources]) for name in self.arguments}
 
 
+def tensors_in(output: Any) -> list[Tensor]:
+    """All tensors in containers, in their order."""
+    if isinstance(output, Tensor):
+        return [output]
+    items = output.values() if isinstance(output, Mapping) else output if isinstance(output, (list, tuple)) else ()
+    return [tensor for item in items for tensor in tensors_in(item)]
+
+
 def stacked(rows: Tensor | Sequence[Tensor]) -> Tensor:
     """A list of rows as one tensor."""
     return rows if isinstance(rows, Tensor) else torch.stack(list(rows))
@@ -137,8 +145,9 @@ def stacked(rows: Tensor | Sequence[Tensor]) -> Tensor:
 # --- which rows are whose ---------------------------------------------------------------------------------------------
 
 
-class Texts:
-    """What ``encode_prompt`` returned in one call of a pipeline: under no LoRA, and under those that change it."""
+class Encoded:
+    """What models made of the texts: under no LoRA, and under those that change it. Rows of it are known again wherever
+    they turn up."""
 
     def __init__(self):
         self.outputs: list[Tensor | list[Tensor]] = []
@@ -146,7 +155,7 @@ class Texts:
         self._found: dict[str, tuple[Any, list[set[tuple[int, int]]]]] = {}
 
     def add(self, outputs: Sequence[Any], under: Mapping[int, Sequence[Any]]) -> None:
-        """What one call of ``encode_prompt`` returned: each output is rows in a tensor or a list, or none."""
+        """The outputs of one call of a model: each is rows in a tensor or a list, or none."""
         kept = [index for index, output in enumerate(outputs) if isinstance(output, (Tensor, list))]
         self.outputs += [outputs[index] for index in kept]
         for whom, changed in under.items():
@@ -170,6 +179,34 @@ class Texts:
             self._found[name] = known = (rows, [self.find(row) for row in rows])
         return known[1]
 
+    def arguments(self, call: Call, whom: int) -> Mapping[str, Any]:
+        """The call's arguments with these rows as they are under ``whom``."""
+        if whom not in self.under:
+            return call.arguments
+
+        def changed(name: str, value: Any) -> Any:
+            rows = call.rows_of(name, value)
+            if rows is not None:
+                places = self.found(name, rows)
+                if not any(places):
+                    return value
+                under = [
+                    self.under[whom][min(place)[0]][min(place)[1]].to(row) if place else row
+                    for row, place in zip(rows, places)
+                ]
+                return under if isinstance(value, list) else torch.stack(under)
+            if isinstance(value, Mapping):
+                return {key: changed(key, each) for key, each in value.items()}
+            if isinstance(value, (list, tuple)):
+                return type(value)(changed(f"{name}.{index}", each) for index, each in enumerate(value))
+            return value
+
+        return {name: changed(name, value) for name, value in call.arguments.items()}
+
+
+class Texts(Encoded):
+    """What ``encode_prompt`` returned in one call of a pipeline, the prompt's text first."""
+
     def possible_sides(self, call: Call) -> list[set[bool]]:
         """For each row, whether it may be unconditional (True), conditional (False), or either, by its text: that
         argument all of whose rows are texts, ``[L, D]`` each."""
@@ -181,25 +218,6 @@ class Texts:
             if all(places):
                 return [{index != 0 for index, _ in place} for place in places]
         return []
-
-    def arguments(self, call: Call, whom: int) -> Mapping[str, Any]:
-        """The call's arguments with the text as it is under ``whom``."""
-        if whom not in self.under:
-            return call.arguments
-
-        def changed(name: str, value: Any) -> Any:
-            rows = call.rows_of(name, value)
-            if rows is not None:
-                places = self.found(name, rows)
-                if not all(places):
-                    return value
-                under = [
-                    self.under[whom][index][number].to(row) for row, (index, number) in zip(rows, map(min, places))
-                ]
-                return under if isinstance(value, list) else torch.stack(under)
-            return {key: changed(key, each) for key, each in value.items()} if isinstance(value, Mapping) else value
-
-        return {name: changed(name, value) for name, value in call.arguments.items()}
 
     def sides(self, call: Call, second: bool) -> tuple[list[int], list[int]]:
         """The conditional rows of a call, and the unconditional ones, in the order of the images.

@@ -24,7 +24,7 @@ import json
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -49,7 +49,17 @@ from torch import Tensor, nn
 
 from loratorio_ext.core import Plan, Predictions, method_from, patch_similarity
 from loratorio_ext.errors import FileFormatError, MissingFileError, SettingsError, UnsupportedError
-from loratorio_ext.hosts.denoisers import ROWS_APART, Call, Layout, Texts, noise_gain, predicted_noise, stacked
+from loratorio_ext.hosts.denoisers import (
+    ROWS_APART,
+    Call,
+    Encoded,
+    Layout,
+    Texts,
+    noise_gain,
+    predicted_noise,
+    stacked,
+    tensors_in,
+)
 from loratorio_ext.hosts.lycoris import branch_of, by_layer, is_lycoris
 from loratorio_ext.isolation import ROWS_OF_A_POOL, Branch, CudaMemory, Delta, IsolatedCalls, Isolation, LowRank, Row
 from loratorio_ext.settings import Settings, nearest_name
@@ -476,7 +486,7 @@ class Composition(ModelHook):
         """Forget what belonged to the pipeline's call before: images may be others, and of another size."""
         self.steps = []
         self.method = method_from(self.settings)
-        self.texts = Texts()
+        self.texts, self.control = Texts(), Encoded()
         self.given: list[Any] = []
         self.under_way: UnderWay | None = None
         self.isolated = IsolatedCalls(
@@ -561,7 +571,7 @@ class Composition(ModelHook):
         weights = None
         if step.plan.host == Plan.MERGED:
             with self.acting(Plan.MERGED):
-                output = self.evaluate(self.texts.arguments(call, Plan.MERGED))
+                output = self.evaluate(self.arguments(call, Plan.MERGED))
         else:
             output, weights = self.compose(call, step, cond, uncond)
         if cond:
@@ -579,6 +589,10 @@ class Composition(ModelHook):
         self.steps.append(Step(len(self.steps), float(step.timestep.flatten()[0]), step.plan, **seen))
         if self.on_step is not None:
             self.on_step(self.steps[-1])
+
+    def arguments(self, call: Call, whom: int) -> Mapping[str, Any]:
+        """The call's arguments as they are under ``whom``: its texts, and what a ControlNet made of these."""
+        return self.control.arguments(replace(call, arguments=self.texts.arguments(call, whom)), whom)
 
     def evaluate(self, arguments: Mapping[str, Any]) -> Tensor:
         """One call of the real denoiser."""
@@ -632,7 +646,7 @@ class Composition(ModelHook):
         LoRAs, ``[N * len(wanted), ...]``."""
         groups = [[(plan.host, row) for row in range(call.count)]]
         groups += [[(lora, row) for row in wanted] for lora in plan.isolated]
-        arguments = {whom: self.texts.arguments(call, whom) for whom in (plan.host, *plan.isolated)}
+        arguments = {whom: self.arguments(call, whom) for whom in (plan.host, *plan.isolated)}
 
         def evaluate(batch: Sequence[Row]) -> Tensor:
             return self.evaluate(call.take([arguments[whom] for whom, _ in batch], [row for _, row in batch]))
@@ -646,12 +660,31 @@ class Composition(ModelHook):
     def installed(self) -> Iterator[None]:
         """While entered, the pipeline composes."""
         encode_prompt = functools.update_wrapper(functools.partial(self.encode_prompt), self.encode)
+        controlnet = getattr(self.pipe, "controlnet", None)
         with (
             hooked(self.denoiser, self),
+            nullcontext() if controlnet is None else hooked(controlnet, ControlUnderLoRAs(self)),
             replaced(self.pipe, "encode_prompt", encode_prompt),
             calls_inside(self.pipe, self.call_of_pipeline),
         ):
             yield
+
+
+class ControlUnderLoRAs(ModelHook):
+    """Lets a ControlNet, which reads the prompt too, read it under each LoRA that changes texts."""
+
+    def __init__(self, composition: Composition):
+        super().__init__()
+        self.composition = composition
+
+    def new_forward(self, controlnet: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """In place of the ControlNet's: its own output, and beside it those under the LoRAs are kept for this step."""
+        base, texts = self.fn_ref.original_forward(*args, **kwargs), self.composition.texts
+        call = Call.of(controlnet, args, kwargs)
+        under = {whom: tensors_in(self.fn_ref.original_forward(**texts.arguments(call, whom))) for whom in texts.under}
+        self.composition.control = Encoded()
+        self.composition.control.add(tensors_in(base), under)
+        return base
 
 
 @contextmanager
