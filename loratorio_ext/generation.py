@@ -1,15 +1,20 @@
 """The life of one composed generation in a WebUI: what was asked, what went wrong, and who hears of it.
 
-WebUIs swallow exceptions of scripts and callbacks and go on. A `Generation` therefore brackets ``p.sample``, which is
-not swallowed: errors raised meanwhile are kept, sampling is stopped, and the error is raised there, where it reaches
-the user and the API.
+WebUIs swallow exceptions of scripts and callbacks and go on. A `Generation` therefore brackets two calls of the host's
+whose exceptions are not swallowed. ``p.scripts.process`` comes after the request's own options are set, and before any
+script has processed it: what can be refused is refused there. (Until then nothing of ours is on ``p``, which some
+extensions send to other machines as it is.)
+``p.sample`` is all of a batch's sampling: errors raised meanwhile are kept, sampling is stopped, the other scripts are
+told that the generation is over (hosts do not tell them after an error), and the error is raised there, where it
+reaches the user and the API.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
-from loratorio_ext.errors import LoRAtorioError
+from loratorio_ext.errors import LoRAtorioError, UnsupportedError
 from loratorio_ext.record import PICKED_KEY, STEPS_KEY, Record, StepData, written_shares
 from loratorio_ext.settings import INFOTEXT_PREFIX, OPTIONS, Settings
 
@@ -36,52 +41,80 @@ def add_pictures(processed: Any, records: Sequence[Record]) -> None:
 class Sampling(Protocol):
     """One sampling pass of a host with composition in it."""
 
+    steps: int
+    """How many model calls of the pass went through here so far."""
+
     def close(self) -> None:
         """Leave the host as it was before the pass; harmless when called again."""
 
 
+class Host(Protocol):
+    """What a generation asks of the host's adapter."""
+
+    def check(self, generation: "Generation") -> None:
+        """Raise what speaks against a composition, as far as it is known before any script has acted."""
+
+    def open_sampling(self, generation: "Generation") -> Sampling | None:
+        """Start the composition of one sampling pass (txt2img's, hires fix's, img2img's); None: nothing to compose."""
+
+    def interrupt(self) -> None:
+        """Make the host stop sampling soon."""
+
+    def sampled(self, p: Any) -> bool:
+        """Whether the host has called its model in the pass at hand."""
+
+    def clean_up(self, p: Any, early: bool = False) -> None:
+        """After an error: let every script put back what it has hooked into the host; ``early``: those that may have
+        done so already when a generation is only about to be processed."""
+
+    def forget_conditionings(self, p: Any) -> None:
+        """Empty the host's caches of conditionings."""
+
+
 class Generation:
-    """One generation of the host's processing object ``p`` with composition switched on.
+    """One generation of the host's processing object ``p`` with composition switched on."""
 
-    ``open_sampling(generation)`` starts the composition of one sampling pass (txt2img's, hires fix's, img2img's) or
-    returns None where there is nothing to compose; ``interrupt()`` makes the host stop sampling soon.
-    """
-
-    def __init__(self, p: Any, open_sampling: Callable[["Generation"], Sampling | None], interrupt: Callable[[], None]):
+    def __init__(self, p: Any, host: Host):
         self.p = p
+        self.host = host
         self.settings = Settings()
         self.error: LoRAtorioError | None = None
         self.prepared: dict[Hashable, Any] = {}
         """What one sampling pass has prepared and the next one of the same generation may use again."""
         self.records: list[Record] = []
         """What was picked, a record for each batch of images."""
-        self._open_sampling = open_sampling
-        self._interrupt = interrupt
         self._sampling: Sampling | None = None
+        self._second_pass = False
+        self._over = False
 
     @classmethod
-    def begin(cls, p: Any, args: Sequence[Any], open_sampling, interrupt) -> None:
+    def begin(cls, p: Any, args: Sequence[Any], host: Host) -> None:
         """Take up a generation from the values the host hands the script. Switched off, nothing at all is done."""
         cls.end(p)
-        for key in INFOTEXT_KEYS:  # a copy of another p shares this dict with it
-            p.extra_generation_params.pop(key, None)
+        said = p.extra_generation_params
+        if not said.keys().isdisjoint(
+            INFOTEXT_KEYS
+        ):  # in a dict of its own, since a copy of another p shares that one's
+            p.extra_generation_params = {key: value for key, value in said.items() if key not in INFOTEXT_KEYS}
         if args and args[0] is False:
             return
-        generation = cls(p, open_sampling, interrupt)
+        generation = cls(p, host)
         try:
             generation.settings = Settings.from_args(args)
         except Exception as error:
             generation.fail(error)
         if generation.error or generation.settings.enabled:
-            generation._bracket_sampling()
-            p.extra_generation_params.update(generation.settings.to_infotext())
+            generation._replace(p.scripts, "process", generation._checked)
 
     @classmethod
     def finish(cls, p: Any, processed: Any) -> None:
         """The images are there: add what was picked to the host's answer, and take everything of ours off ``p``."""
         generation = cls.of(p)
         cls.end(p)
-        if generation is None or not any(record.steps for record in generation.records):
+        if generation is None:
+            return
+        generation.host.forget_conditionings(p)
+        if not any(record.steps for record in generation.records):
             return
         p.extra_generation_params[STEPS_KEY] = StepData.of(generation.records)
         if generation.settings.show_maps:
@@ -96,21 +129,28 @@ class Generation:
     @staticmethod
     def end(p: Any) -> None:
         """Take everything of ours off ``p`` (which may be a copy of another one), so that it can be used again."""
-        sample = vars(p).get("sample")
-        if hasattr(sample, ATTRIBUTE):
-            if sample.replaced is None:
-                del p.sample
-            else:
-                p.sample = sample.replaced
+        generation = Generation.of(p)
+        if generation is not None:
+            generation._over = True
+        for owner, name in ((p, "sample"), (p.scripts, "process")):
+            ours = vars(owner).get(name) if owner is not None else None
+            if hasattr(ours, ATTRIBUTE):
+                delattr(owner, name)
+                if ours.replaced is not None:
+                    setattr(owner, name, ours.replaced)
         vars(p).pop(ATTRIBUTE, None)
 
     def start_sampling(self) -> None:
         """A sampling pass is about to begin."""
         with self.guarded():
+            second_pass = getattr(self.p, "is_hr_pass", False)
+            if second_pass != self._second_pass:  # a host may announce one pass more than once
+                self.confirm()
             self.close()
-            if self.records_weights and not getattr(self.p, "is_hr_pass", False):
+            self._second_pass = second_pass
+            if self.records_weights and not second_pass:
                 self.records.append(Record())
-            self._sampling = self._open_sampling(self)
+            self._sampling = self.host.open_sampling(self)
 
     def note(self, text: str) -> None:
         """Tell the user of something that went otherwise than asked, beside the image and in its infotext."""
@@ -135,6 +175,15 @@ class Generation:
             self.prepared[key] = make()
         return self.prepared[key]
 
+    def kept(self, what: Hashable, key: Hashable, make: Callable[[], Any]) -> Any:
+        """As `once`, of each ``what`` only the latest."""
+        known, value = self.prepared.get(what, (None, None))
+        if known != key:
+            self.prepared.pop(what, None)  # before there are two of them
+            value = make()
+            self.prepared[what] = key, value
+        return value
+
     def fail(self, error: Exception) -> None:
         """Keep the first error, in the form that reaches the user."""
         if self.error is None:
@@ -154,7 +203,12 @@ class Generation:
             yield
         except Exception as error:
             self.fail(error)
-            self._interrupt()
+            self.host.interrupt()
+
+    def confirm(self) -> None:
+        """Fail where the pass under way went by without us."""
+        if self._sampling is not None and not self._sampling.steps and self.host.sampled(self.p):
+            self.fail(UnsupportedError("LoRAtorio: the WebUI sampled without ever asking for the composition"))
 
     def close(self) -> None:
         """End the sampling pass under way, if any."""
@@ -167,25 +221,52 @@ class Generation:
                     written_shares(shares) for shares in self.records[-1].shares()
                 ]
 
-    def _bracket_sampling(self) -> None:
-        original = self.p.sample
+    def _replace(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+        """Let ``wrapper(original, *args, **kwargs)`` answer calls of a method of the host's."""
+        method = partial(wrapper, getattr(owner, name))
+        method.replaced = vars(owner).get(name)
+        setattr(method, ATTRIBUTE, self)
+        setattr(owner, name, method)
 
-        def sample(*args, **kwargs):
+    def _checked(self, process: Callable[[Any], None], p: Any) -> None:
+        """``p.scripts.process``: refuse what can be refused, and take up the rest."""
+        self.end(self.p)
+        if p is self.p:  # and no request that came in between
+            self._check()
+        process(p)
+
+    def _check(self) -> None:
+        """Raise what speaks against the composition; else be there when sampling begins."""
+        try:
             if self.error is not None:
                 raise self.error
+            self.host.check(self)
+        except Exception as error:
+            self.fail(error)
+            self.host.clean_up(self.p, early=True)
+            raise self.error from error.__cause__
+        # They are kept by prompt, and may have been made with other LoRAs or by other extensions.
+        self.host.forget_conditionings(self.p)
+        self._replace(self.p, "sample", self._bracketed)
+        setattr(self.p, ATTRIBUTE, self)
+        self.p.extra_generation_params.update(self.settings.to_infotext())
+
+    def _bracketed(self, sample: Callable[..., Any], *args, **kwargs) -> Any:
+        """``p.sample``: whatever goes wrong meanwhile is raised here, with everything put back."""
+        if self._over:  # another extension has wrapped it, and ``p`` is used once more
+            return sample(*args, **kwargs)
+        try:
             try:
-                samples = original(*args, **kwargs)
-            except Exception as error:
-                if self.error is not None:
-                    raise self.error from error
-                raise
+                samples = sample(*args, **kwargs)
+                self.confirm()
             finally:
                 self.close()
             if self.error is not None:
                 raise self.error
             return samples
-
-        sample.replaced = vars(self.p).get("sample")
-        setattr(sample, ATTRIBUTE, self)
-        setattr(self.p, ATTRIBUTE, self)
-        self.p.sample = sample
+        except Exception as error:
+            self.host.clean_up(self.p)
+            self.host.forget_conditionings(self.p)
+            if self.error is not None and error is not self.error:
+                raise self.error from error
+            raise

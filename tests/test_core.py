@@ -501,11 +501,11 @@ class TestSums:
 def test_signatures_that_others_call():
     names = {name: list(inspect.signature(getattr(core, name)).parameters) for name in core.__all__ if name.islower()}
     assert names["patch_similarity"] == ["eps", "eps_base", "patch_size"]
-    assert names["softmin_weights"] == ["similarity", "temperature", "top_k", "scope"]
+    assert names["softmin_weights"] == ["similarity", "temperature", "top_k", "scope", "log_claim"]
     assert names["relative_similarity"] == ["similarity", "gamma"]
     assert names["adaptive_temperature"] == ["score", "kappa", "chosen"]
     assert names["upsample_weights"] == ["weights", "size", "patch_size", "mode"]
-    assert names["compose"] == ["predictions", "weights"]
+    assert names["compose"] == ["predictions", "weights", "base"]
     assert names["recenter"] == ["base_uncond", "composed_uncond", "base_share"]
 
 

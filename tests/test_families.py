@@ -17,9 +17,9 @@ import diffusers
 import peft
 from safetensors.torch import load_file, save_file
 
-from loratorio_ext.errors import UnsupportedError
+from loratorio_ext.errors import SettingsError, UnsupportedError
 from loratorio_ext.hosts.denoisers import Call, Layout
-from loratorio_ext.hosts.diffusers import check_supported, composed, load_lora
+from loratorio_ext.hosts.diffusers import check_supported, composed, load_lora, scheduler_for
 from tests import oracle
 from tests.tiny_pipelines import assert_untouched, state
 from tests.tiny_transformers import (
@@ -482,7 +482,7 @@ class TestRefused:
         loras = [load_lora(pipe, file) for file in files("flux-dev")]
         with composed(pipe, loras):
             for again in (pipe, other):
-                with pytest.raises(UnsupportedError, match="composing already"), composed(again, loras):
+                with pytest.raises(UnsupportedError, match="composes already"), composed(again, loras):
                     pass
 
     def test_compiled_after_the_lora_was_loaded(self, files):
@@ -491,6 +491,13 @@ class TestRefused:
         pipe.transformer.transformer_blocks[0] = torch.compile(pipe.transformer.transformer_blocks[0])
         with pytest.raises(UnsupportedError, match="compiled transformer"), composed(pipe, loras):
             pass
+
+    def test_another_sampler_than_the_flows(self):
+        pipe = pipeline("flux-dev")
+        assert scheduler_for(pipe, "Euler").config == pipe.scheduler.config
+        for sampler in ("DPM++ 2M", "Euler Karras"):
+            with pytest.raises(SettingsError, match="FluxPipeline follows a flow"):
+                scheduler_for(pipe, sampler)
 
     def test_two_denoisers(self):
         model = pipeline("flux-dev").transformer

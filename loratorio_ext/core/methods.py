@@ -4,6 +4,7 @@ LoRAtorio: arXiv 2508.11624. Merge, Switch and Composite: "Multi-LoRA Compositio
 arXiv 2402.16843.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,7 +18,7 @@ from loratorio_ext.core.composition import (
     relative_similarity,
     softmin_weights,
 )
-from loratorio_ext.core.patches import patch_similarity, upsample_weights
+from loratorio_ext.core.patches import patch_mean, patch_similarity, upsample_weights
 from loratorio_ext.core.selection import top_k_mask
 
 
@@ -27,7 +28,8 @@ class Plan:
 
     ``host`` is whose prediction the host's own pass delivers: ``BASE`` (no LoRA), ``MERGED`` (all of them, as the
     host does by itself), or the index of one LoRA. ``isolated`` are the LoRAs to evaluate beside it, each alone;
-    ``uncond`` tells whether their unconditional rows are needed too.
+    ``uncond`` tells whether their unconditional rows are needed too. ``members`` are the LoRAs that take part, be they
+    evaluated or not: the first axis of a step's weights, and of where and how much each of them may act.
     """
 
     BASE = -1
@@ -36,6 +38,7 @@ class Plan:
     host: int
     isolated: tuple[int, ...] = ()
     uncond: bool = True
+    members: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Predictions:
     ``image_of_row``: for each conditional row the image it belongs to.
     ``gain``: how the host's parameterisation moves with the noise, ``output = a x + gain * eps``, equal for all rows.
     ``chosen [N, R, h, w]``: the LoRAs that take part, where that is settled already; None: the method chooses.
+    ``place [M, H, W]`` in [0, 1]: where in the image each of the plan's M members may act; None: everywhere.
+    ``share [M]``, above 0: a factor on each member's claim; None: 1 for all.
     """
 
     host_cond: Tensor
@@ -59,11 +64,13 @@ class Predictions:
     image_of_row: tuple[int, ...]
     gain: float | Tensor
     chosen: Tensor | None = None
+    place: Tensor | None = None
+    share: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class ComposedStep:
-    """A step's result: ``cond [R, C, H, W]``, ``uncond [B, C, H, W] | None``, patch ``weights [N, R, h, w] | None``."""
+    """A step's result: ``cond [R, C, H, W]``, ``uncond [B, C, H, W] | None``, patch ``weights [M, R, h, w] | None``."""
 
     cond: Tensor
     uncond: Tensor | None
@@ -73,8 +80,12 @@ class ComposedStep:
 class Method(Protocol):
     """One way of composing ``n`` LoRAs."""
 
-    def plan(self, step: int, n: int) -> Plan:
-        """The evaluations that step ``step`` (counted in model calls from 0) needs."""
+    def plan(self, step: int, n: int, members: Sequence[int] | None = None, placed: bool = False) -> Plan:
+        """The evaluations that step ``step`` (counted in model calls from 0) needs.
+
+        ``members``: those of the ``n`` LoRAs that act in this step, in ascending order; None: all. The others cost
+        nothing, and a step without any is the base model's. ``placed``: whether `Predictions.place` will be given.
+        """
 
     def combine(self, predictions: Predictions) -> ComposedStep:
         """One conditional and one unconditional prediction from those the plan asked for.
@@ -83,11 +94,21 @@ class Method(Protocol):
         """
 
 
+def acting(n: int, members: Sequence[int] | None) -> tuple[int, ...]:
+    """The LoRAs that act in a step."""
+    return tuple(range(n)) if members is None else tuple(members)
+
+
 def mean_over_rows(weights: Tensor, image_of_row: tuple[int, ...], images: int) -> Tensor:
     """An image's weights as the mean of its prompt rows': ``[N, R, H, W] -> [N, images, H, W]``."""
     rows = torch.tensor(image_of_row, device=weights.device)
     summed = torch.zeros(weights.shape[0], images, *weights.shape[2:], dtype=weights.dtype, device=weights.device)
     return summed.index_add(1, rows, weights) / rows.bincount(minlength=images).view(-1, 1, 1)
+
+
+def coverage(place: Tensor) -> Tensor:
+    """How much of a pixel or patch is the LoRAs' at all, the rest being the base model's: ``[N, ...] -> [...]``."""
+    return place.sum(dim=0).clamp(max=1)
 
 
 @dataclass(frozen=True)
@@ -104,56 +125,112 @@ class LoRAtorio:
     top_k: int = 0
     selection_scope: str = "image"
 
-    def plan(self, step: int, n: int) -> Plan:
-        return Plan(host=Plan.BASE, isolated=tuple(range(n)), uncond=self.base_share < 1)
+    def plan(self, step: int, n: int, members: Sequence[int] | None = None, placed: bool = False) -> Plan:
+        members = acting(n, members)
+        return Plan(host=Plan.BASE, isolated=members, uncond=self.base_share < 1, members=members)
 
     def selects(self, n: int) -> bool:
         """Whether some of ``n`` LoRAs are left out."""
         return 0 < self.top_k < n
 
-    def choose(self, similarity: Tensor) -> Tensor | None:
+    def prior(self, place: Tensor | None) -> Tensor | None:
+        """How far each LoRA may act in a patch, ``[N, 1, h, w]``, from where it may act; None: everywhere."""
+        return None if place is None else patch_mean(place.float(), self.patch_size).unsqueeze(1)
+
+    def choose(self, similarity: Tensor, prior: Tensor | None = None) -> Tensor | None:
         """Who takes part, ``[N, R, h, w]``; None: all.
 
         Ranked by similarity itself: relative to its own mean, every LoRA of an image would rank alike.
         """
-        return top_k_mask(similarity, self.top_k, self.selection_scope) if self.selects(len(similarity)) else None
+        if prior is None and not self.selects(len(similarity)):
+            return None
+        return top_k_mask(similarity, self.top_k, self.selection_scope, prior)
 
-    def weights(self, eps: Tensor, eps_base: Tensor, chosen: Tensor | None = None) -> Tensor:
+    def weights(
+        self,
+        eps: Tensor,
+        eps_base: Tensor,
+        chosen: Tensor | None = None,
+        place: Tensor | None = None,
+        share: Tensor | None = None,
+    ) -> Tensor:
         """Patch weights Omega ``[N, R, h, w]`` from the predicted noise of LoRAs and base model.
 
         Who is left out takes no part in anything: the adaptive temperature, too, is that of the ``chosen``.
+
+        With ``place [N, H, W]`` and ``share [N]`` (see `Predictions`) a weight is proportional to
+        ``prior * share * exp(-score / temperature)``, and the weights of a patch add up to its coverage: the sum of the
+        priors of the chosen, at most 1. So a LoRA alone has its prior as weight, halves with soft edges that meet leave
+        no gap between them, and the rest is the base model's.
         """
         similarity = patch_similarity(eps, eps_base, self.patch_size)
-        chosen = self.choose(similarity) if chosen is None else chosen
+        prior = self.prior(place)
+        chosen = self.choose(similarity, prior) if chosen is None else chosen
         score = relative_similarity(similarity, self.relativity)
         adaptive = self.temperature_mode == "adaptive"
         temperature = adaptive_temperature(score, self.temperature, chosen) if adaptive else self.temperature
+        log_claim = torch.zeros_like(score)
+        if share is not None:
+            log_claim = log_claim + share.float().log().view(-1, 1, 1, 1)
+        if prior is not None:
+            log_claim = log_claim + prior.log()
         if chosen is not None:
-            score = score.masked_fill(~chosen, torch.inf)
-        return softmin_weights(score, temperature)
+            log_claim = log_claim.masked_fill(~chosen, -torch.inf)
+        weights = softmin_weights(score, temperature, log_claim=log_claim)
+        return weights if prior is None else weights * coverage(prior * chosen)
 
     def combine(self, predictions: Predictions) -> ComposedStep:
-        weights = self.weights(predictions.eps, predictions.eps_base, predictions.chosen)
-        pixels = upsample_weights(weights, predictions.cond.shape[-2:], self.patch_size, self.upsampling)
-        uncond = predictions.host_uncond
+        """With ``place``, what the weights leave of a pixel is the base model's."""
+        cond, uncond, size = predictions.cond, predictions.host_uncond, predictions.host_cond.shape[-2:]
+        if not len(cond):
+            nobody = patch_mean(cond.new_zeros(0, len(predictions.host_cond), *size), self.patch_size)
+            return ComposedStep(predictions.host_cond, uncond, nobody.float())
+        placed = predictions.place is not None
+        weights = self.weights(
+            predictions.eps, predictions.eps_base, predictions.chosen, predictions.place, predictions.share
+        )
+        pixels = upsample_weights(weights, size, self.patch_size, self.upsampling)
         if uncond is not None and self.base_share < 1:
             image_pixels = mean_over_rows(pixels, predictions.image_of_row, len(uncond))
-            uncond = recenter(uncond, compose(predictions.uncond, image_pixels), self.base_share)
-        return ComposedStep(compose(predictions.cond, pixels), uncond, weights)
+            composed = compose(predictions.uncond, image_pixels, uncond if placed else None)
+            uncond = recenter(uncond, composed, self.base_share)
+        return ComposedStep(compose(cond, pixels, predictions.host_cond if placed else None), uncond, weights)
+
+
+def mean_weights(place: Tensor, share: Tensor | None) -> Tensor:
+    """Weights of a mean over LoRAs, ``[N, H, W]``: proportional to place and share, they add up to the coverage."""
+    claim = place.float() if share is None else place.float() * share.float().view(-1, 1, 1)
+    total = claim.sum(dim=0)
+    return claim / torch.where(total == 0, torch.ones_like(total), total) * coverage(place.float())
 
 
 @dataclass(frozen=True)
 class Composite:
-    """The plain mean over LoRAs of each one's own conditional and unconditional prediction."""
+    """The plain mean over LoRAs of each one's own conditional and unconditional prediction.
 
-    def plan(self, step: int, n: int) -> Plan:
-        return Plan(host=0, isolated=tuple(range(1, n)))
+    Where a LoRA has a place or a share of its own, the mean is weighted by them; what the places leave uncovered of a
+    pixel is the base model's, whose prediction is needed then.
+    """
+
+    def plan(self, step: int, n: int, members: Sequence[int] | None = None, placed: bool = False) -> Plan:
+        members = acting(n, members)
+        if placed or not members:
+            return Plan(host=Plan.BASE, isolated=members, members=members)
+        return Plan(host=members[0], isolated=members[1:], members=members)
 
     def combine(self, predictions: Predictions) -> ComposedStep:
-        def mean(first: Tensor, others: Tensor) -> Tensor:
-            return torch.cat([first.unsqueeze(0), others]).mean(dim=0)
+        place, share, uncond = predictions.place, predictions.share, predictions.host_uncond
+        if any(each is not None and not len(each) for each in (place, share)):
+            return ComposedStep(predictions.host_cond, uncond)
 
-        uncond = predictions.host_uncond
+        def mean(host: Tensor, isolated: Tensor) -> Tensor:
+            if place is not None:
+                return compose(isolated, mean_weights(place, share).unsqueeze(1), host)
+            everyone = torch.cat([host.unsqueeze(0), isolated])
+            if share is None:
+                return everyone.mean(dim=0)
+            return compose(everyone, (share.float() / share.float().sum()).view(-1, 1, 1, 1))
+
         if uncond is not None:
             uncond = mean(uncond, predictions.uncond)
         return ComposedStep(mean(predictions.host_cond, predictions.cond), uncond)
@@ -165,8 +242,10 @@ class Switch:
 
     switch_every: int
 
-    def plan(self, step: int, n: int) -> Plan:
-        return Plan(host=step // self.switch_every % n)
+    def plan(self, step: int, n: int, members: Sequence[int] | None = None, placed: bool = False) -> Plan:
+        members = acting(n, members)
+        turn = step // self.switch_every
+        return Plan(host=members[turn % len(members)] if members else Plan.BASE, members=members)
 
     def combine(self, predictions: Predictions) -> ComposedStep:
         return ComposedStep(predictions.host_cond, predictions.host_uncond)
@@ -176,7 +255,7 @@ class Switch:
 class Merge:
     """All LoRAs' weights summed: what a host does by itself."""
 
-    def plan(self, step: int, n: int) -> Plan:
+    def plan(self, step: int, n: int, members: Sequence[int] | None = None, placed: bool = False) -> Plan:
         return Plan(host=Plan.MERGED)
 
     def combine(self, predictions: Predictions) -> ComposedStep:

@@ -22,6 +22,14 @@ def split_patches(latents: Tensor, patch_size: int) -> Tensor:
     return grid.permute(*range(n), n + 1, n + 3, n, n + 2, n + 4).reshape(*batch, h, w, channels * p * p)
 
 
+def patch_mean(values: Tensor, patch_size: int) -> Tensor:
+    """The mean over each patch, ``[..., H, W] -> [..., h, w]``; of a partial patch, over the pixels it has."""
+    total, pixels = (
+        split_patches(each.unsqueeze(-3), patch_size).sum(dim=-1) for each in (values, torch.ones_like(values))
+    )
+    return total / pixels
+
+
 def unit_vectors(vectors: Tensor) -> tuple[Tensor, Tensor]:
     """Vectors scaled to length one along the last dimension, and a mask of those that have a length at all.
 

@@ -3,6 +3,7 @@
 (The paper selects in every step.)
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -17,35 +18,37 @@ class Reselection:
 
     In the steps between, every row (and with ``selection_scope`` "patch" every patch) keeps its own choice, and the
     LoRAs that anyone has chosen are evaluated. A row's result depends on its own choice alone: as long as a new
-    selection would choose the same, it is that of a selection in every step. One object serves one sampling pass.
+    selection would choose the same, it is that of a selection in every step. When a LoRA comes or goes the choice is
+    made anew, of those that take part now. One object serves one sampling pass.
     """
 
     def __init__(self, method: LoRAtorio, every: int):
         self.method, self.every = method, every
-        self.count = self.steps = 0
+        self.steps = 0
+        self.members: tuple[int, ...] = ()
         self.chosen: Tensor | None = None
         self.group: tuple[int, ...] = ()
+        """The places among the members of those that are evaluated."""
 
-    def plan(self, step: int, n: int) -> Plan:
-        plan = self.method.plan(step, n)
-        if not self.method.selects(n):
-            return plan
-        if n != self.count or self.steps % self.every == 0:
+    def plan(self, step: int, n: int, members: Sequence[int] | None = None, placed: bool = False) -> Plan:
+        plan = self.method.plan(step, n, members, placed)
+        if plan.members != self.members or self.steps % self.every == 0:
             self.chosen = None
-        self.count, self.steps = n, self.steps + 1
-        self.group = plan.isolated
+        self.members, self.steps = plan.members, self.steps + 1
+        self.group = tuple(range(len(self.members)))
         if self.chosen is not None:
             self.group = tuple(self.chosen.flatten(1).any(dim=1).nonzero().flatten().tolist())
-        return replace(plan, isolated=self.group)
+        return replace(plan, isolated=tuple(self.members[position] for position in self.group))
 
     def combine(self, predictions: Predictions) -> ComposedStep:
-        if not self.method.selects(self.count):
+        if not self.method.selects(len(self.members)):
             return self.method.combine(predictions)
         if self.chosen is None:
             similarity = patch_similarity(predictions.eps, predictions.eps_base, self.method.patch_size)
-            self.chosen = self.method.choose(similarity)
+            self.chosen = self.method.choose(similarity, self.method.prior(predictions.place))
         group = list(self.group)
-        composed = self.method.combine(replace(predictions, chosen=self.chosen[group]))
+        place, share = (None if each is None else each[group] for each in (predictions.place, predictions.share))
+        composed = self.method.combine(replace(predictions, chosen=self.chosen[group], place=place, share=share))
         weights = torch.zeros_like(self.chosen, dtype=composed.weights.dtype)
         weights[group] = composed.weights
         return replace(composed, weights=weights)

@@ -5,6 +5,7 @@ evaluated afresh in every step, the LoRAs in turn; of the others the last known 
 grow. (Not in the paper; `docs/speed.md` has what it costs in detail.)
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -53,28 +54,46 @@ class InTurn:
 
     Unconditional rows are refreshed in every other round of turns: guidance weighs their differences less. A LoRA that
     was never evaluated yet counts as the base model. One object serves one sampling pass.
+
+    A LoRA that comes or comes back later is evaluated at once, whosever turn it is: nothing is known of it, or what is
+    known is of a step long past. The turns, by the LoRAs' own numbers, go on among those that take part.
     """
 
     def __init__(self, method: Method, refresh: int, warmup: int):
         self.method, self.refresh, self.warmup = method, refresh, warmup
+        self.members: tuple[int, ...] = ()
         self.fresh: tuple[int, ...] = ()
-        self.count = self.turns = 0
+        self.evaluated: tuple[int, ...] | None = None
+        """The members of the last step that was combined."""
+        self.last, self.rounds = -1, 0
         self.calls = -1
         self.cond: dict[int, Known] = {}
         self.uncond: dict[int, Known] = {}
 
-    def plan(self, step: int, n: int) -> Plan:
-        plan = self.method.plan(step, n)
+    def plan(self, step: int, n: int, members: Sequence[int] | None = None, placed: bool = False) -> Plan:
+        plan = self.method.plan(step, n, members, placed)
         self.calls += 1
-        self.count = n
-        self.fresh, uncond = plan.isolated, plan.uncond
-        if self.calls >= self.warmup and self.refresh < n:
-            self.fresh = tuple(sorted((self.turns + i) % n for i in range(self.refresh)))
-            uncond = uncond and self.turns // n % 2 == 0
-            self.turns += self.refresh
+        self.members, self.fresh, uncond = plan.members, plan.isolated, plan.uncond
+        if self.calls >= self.warmup and self.refresh < len(self.members):
+            newcomers = set() if self.evaluated is None else set(self.members) - set(self.evaluated)
+            others = [lora for lora in self.members if lora not in newcomers]
+            turns, in_a_round_with_uncond = self.take_turns(others, self.refresh - len(newcomers))
+            self.fresh = tuple(sorted(newcomers | turns))
+            uncond = uncond and (in_a_round_with_uncond or bool(newcomers))
         return replace(plan, isolated=self.fresh, uncond=uncond)
 
+    def take_turns(self, loras: Sequence[int], count: int) -> tuple[set[int], bool]:
+        """The next ``count`` of these LoRAs, and whether they begin in a round with unconditional rows."""
+        turns = sorted(loras, key=lambda lora: (lora <= self.last, lora))[: max(count, 0)]
+        rounds = [self.rounds + (lora <= self.last) for lora in turns]
+        if turns:
+            self.last, self.rounds = turns[-1], rounds[-1]
+        return set(turns), bool(turns) and rounds[0] % 2 == 0
+
     def combine(self, predictions: Predictions) -> ComposedStep:
+        self.evaluated = self.members
+        if not self.members:
+            return self.method.combine(predictions)
         gain, base = predictions.gain, predictions.host_uncond
         for position, lora in enumerate(self.fresh):
             self.learn(self.cond, lora, predictions.eps[position] - predictions.eps_base)
@@ -98,6 +117,6 @@ class InTurn:
         known[lora] = Known.first(self.calls, delta) if before is None else before.then(self.calls, delta)
 
     def expected(self, known: dict[int, Known], like: Tensor) -> Tensor:
-        """Every LoRA's difference in this model call, ``[N, R, C, H, W]``."""
+        """Every member's difference in this model call, ``[N, R, C, H, W]``."""
         nothing = torch.zeros_like(like)
-        return torch.stack([known[i].at(self.calls) if i in known else nothing for i in range(self.count)])
+        return torch.stack([known[i].at(self.calls) if i in known else nothing for i in self.members])

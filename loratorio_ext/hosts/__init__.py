@@ -6,6 +6,6 @@ from types import ModuleType
 
 
 def webui_adapter() -> ModuleType:
-    """The adapter for the WebUI that runs here; its ``begin(p, args)`` takes up a generation."""
+    """The adapter for the WebUI that runs here; it is a `loratorio_ext.generation.Host`."""
     name = "forge" if find_spec("modules_forge") is not None else "a1111"
     return import_module(f"loratorio_ext.hosts.{name}")

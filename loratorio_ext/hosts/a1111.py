@@ -3,6 +3,10 @@
 Between the two callbacks of a step (``on_cfg_denoiser`` before the UNet, ``on_cfg_denoised`` after it) the host's list
 of LoRAs is empty, and calls of its denoiser are answered here: rows without a LoRA are the base model's. Outside of
 that the host always sees its own list.
+
+In company, where other extensions take part in the model's evaluation, nothing is known of what they make of a batch.
+Then the host's calls are left exactly as they are, and once more made for each LoRA, with its text and its branches: as
+if the host had been asked for this LoRA alone.
 """
 
 import logging
@@ -14,196 +18,67 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from modules import devices, prompt_parser, script_callbacks, sd_unet, shared
-from modules.sd_hijack import model_hijack
+from modules import devices, script_callbacks, sd_unet, shared
 from modules.sd_samplers_cfg_denoiser import catenate_conds, subscript_cond
 from torch import Tensor, nn
 
+from loratorio_ext.claims import Claim
 from loratorio_ext.core import ComposedStep, Plan, Predictions, method_from
 from loratorio_ext.errors import UnsupportedError
 from loratorio_ext.generation import Generation
+from loratorio_ext.hosts.a1111_loras import (
+    embeddings_of,
+    entry_of,
+    fits,
+    labels,
+    load_pool,
+    loaded_model,
+    not_finite,
+    only,
+    speaks_to_text_encoder,
+    strength,
+    undisturbed,
+    unet_lora,
+)
+from loratorio_ext.hosts.a1111_texts import (
+    Affix,
+    as_condition,
+    is_finite_text,
+    pad_to_each_other,
+    same_text,
+    text_and_others,
+    text_at_step,
+    token_count,
+    tokens_of,
+)
+from loratorio_ext.hosts.neighbours import callers_of, company, meddlers_with_loras, named
 from loratorio_ext.hosts.webui import (
+    check_tags,
+    claimed,
+    claims_on,
+    clean_up,
     encode,
-    leave_out,
+    forget_conditionings,
+    interrupt,
     lora_extension,
     plan_step,
     pool_of,
     prompts_of_pass,
+    sampled,
+    tags_of_pass,
     tell_of_loras,
+    tell_of_merge,
     tell_of_none,
 )
-from loratorio_ext.isolation import (
-    ROWS_OF_A_POOL,
-    Branch,
-    CudaMemory,
-    Delta,
-    IsolatedCalls,
-    Isolation,
-    LowRank,
-    Row,
-    in_main_memory,
-)
+from loratorio_ext.isolation import ROWS_OF_A_POOL, CudaMemory, IsolatedCalls, Isolation, Row
+
+__all__ = ["check", "clean_up", "forget_conditionings", "interrupt", "open_sampling", "sampled"]
 
 logger = logging.getLogger("loratorio")
 
-
-# --- the host's LoRAs -------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def only(networks: ModuleType, active: Sequence[Any]) -> Iterator[None]:
-    """While entered, the host's text encoders and UNet see just the LoRAs ``active``."""
-    before = list(networks.loaded_networks)
-    networks.loaded_networks[:] = active
-    try:
-        yield
-    finally:
-        networks.loaded_networks[:] = before
-
-
-@contextmanager
-def embeddings_of(active: Sequence[Any], others: Sequence[Any]) -> Iterator[None]:
-    """While entered, the prompt parser knows the embeddings that the files of ``active`` bring along, and none of those
-    of ``others``.
-
-    The host has made those of its own list known (``loaded``); those of a pool's LoRAs it has never heard of.
-    """
-    database, model = model_hijack.embedding_db, shared.sd_model
-    known = [(name, each) for lora in others for name, each in lora.bundle_embeddings.items() if each.loaded]
-    unheard = [(name, each) for lora in active for name, each in lora.bundle_embeddings.items() if each.loaded is None]
-    added = []
-    try:
-        for name, _ in known:
-            database.register_embedding_by_name(None, model, name)
-        for name, embedding in unheard:
-            fits = database.expected_shape in (-1, embedding.shape)
-            if fits and name not in database.word_embeddings:
-                database.register_embedding_by_name(embedding, model, name)
-                added.append(name)
-        yield
-    finally:
-        for name in added:
-            database.register_embedding_by_name(None, model, name)
-        for name, embedding in known:
-            database.register_embedding_by_name(embedding, model, name)
-
-
-def is_text_encoder(module: Any) -> bool:
-    """Whether a LoRA's module sits in a text encoder, by the rule of the host's Lora extension."""
-    return "transformer" in module.sd_key[:20]
-
-
-def speaks_to_text_encoder(lora: Any) -> bool:
-    """Whether a LoRA changes what the text encoders say at all."""
-    return bool(lora.bundle_embeddings) or (
-        lora.te_multiplier != 0 and any(map(is_text_encoder, lora.modules.values()))
-    )
-
-
-def low_rank(module: Any, layer: nn.Module) -> LowRank | None:
-    """The branch of a LoRA or LoCon module, or None where its matrices do not have the layer's shape."""
-    if getattr(module, "down_model", None) is None or module.dora_scale is not None or module.bias is not None:
-        return None
-    up, down = module.up_model.weight, module.down_model.weight
-    mid = module.mid_model.weight if module.mid_model is not None else None
-    dyn = module.network.dyn_dim
-    if mid is None and dyn:
-        up, down = up[:, :dyn], down[:dyn]
-    shape = (up.shape[0], down.shape[1], *(down if mid is None else mid).shape[2:])
-    if isinstance(layer, nn.Conv2d) and layer.weight.shape[1] == 9 and shape[1] == 4:
-        # The first convolution of an inpainting model: the mask's and the masked image's channels are left alone.
-        down = nn.functional.pad(down, (0, 0, 0, 0, 0, 5))
-        shape = (shape[0], 9, *shape[2:])
-    if shape != tuple(layer.weight.shape):
-        return None
-    return LowRank(down, up, module.calc_scale() * module.multiplier(), mid)
-
-
-def full_delta(networks: ModuleType, module: Any, layer: nn.Module) -> Delta:
-    """What the host itself would add to the layer's weight and bias; raises RuntimeError where it would fail, too."""
-    networks.network_apply_weights(layer)  # with no LoRA listed: brings back the layer's own weight
-    weight = layer.weight if getattr(layer, "fp16_weight", None) is None else layer.fp16_weight
-    updown, bias = module.calc_updown(weight.to(layer.weight.device))
-    if weight.ndim == 4 and weight.shape[1] == 9:
-        updown = nn.functional.pad(updown, (0, 0, 0, 0, 0, 5))
-    return Delta(updown.to(weight.dtype).expand(weight.shape), bias)
-
-
-def unet_branches(networks: ModuleType, network: Any, layers: dict[str, nn.Module]) -> tuple[dict[str, Branch], list]:
-    """A LoRA's branches for the UNet by layer name, and the layers that it does not fit."""
-    branches, misfits = {}, []
-    for name, module in network.modules.items():
-        if is_text_encoder(module) or name not in layers:
-            continue
-        try:
-            branches[name] = low_rank(module, layers[name]) or full_delta(networks, module, layers[name])
-        except RuntimeError as error:
-            misfits.append(name)
-            logger.warning("%s does not fit layer %s: %s", network.name, name, error)
-    return branches, misfits
-
-
-@contextmanager
-def bare(networks: ModuleType) -> Iterator[None]:
-    """While entered, the model's weights are its own as soon as the host looks at them."""
-    with only(networks, []):
-        if shared.opts.lora_functional:  # there the host leaves weights merged earlier as they are
-            for layer in shared.sd_model.model.modules():
-                networks.network_apply_weights(layer)
-        yield
-
-
-def branches_of(generation: Generation, networks: ModuleType, lora: Any) -> tuple[dict[str, Branch], list]:
-    """As `unet_branches` for the model that is loaded now, made once in a generation; to be called while `bare`."""
-
-    def made() -> tuple[dict[str, Branch], list]:
-        fitting, misfits = unet_branches(networks, lora, shared.sd_model.network_layer_mapping)
-        if generation.settings.pool:
-            fitting = {name: in_main_memory(branch) for name, branch in fitting.items()}
-        return fitting, misfits
-
-    return generation.once(("branches", loaded_model(), lora, lora.unet_multiplier, lora.dyn_dim), made)
-
-
-def load_pool(generation: Generation, networks: ModuleType, active: Sequence[Any]) -> list[Any]:
-    """The pool's LoRAs beside the ``active`` ones, loaded by the host's own code and unknown to the host.
-
-    What cannot be read, and what was made for another model, is left out and named.
-    """
-    taken, loaded = [lora.network_on_disk.filename for lora in active], []
-    for member in pool_of(generation, taken):
-        name = member.lora.name
-        entry = networks.available_networks[name]
-        load = partial(networks.load_network, name, entry)
-        try:
-            network = generation.once(("pool", entry, loaded_model()), load)
-        except Exception as error:  # whatever a file may hold
-            logger.warning("%s cannot be read: %s", member.lora.file, error, exc_info=True)
-            leave_out(generation, name, f"its file cannot be read ({type(error).__name__})")
-            continue
-        network.te_multiplier, network.unet_multiplier, network.dyn_dim = member.text, member.unet, None
-        with bare(networks):
-            _, misfits = branches_of(generation, networks, network)
-        if misfits:
-            leave_out(generation, name, f"made for another model, {len(misfits)} layers have other shapes")
-        elif not network.modules and not network.bundle_embeddings:
-            leave_out(generation, name, "made for another model, it has none of this one's layers")
-        else:
-            loaded.append(network)
-    return loaded
-
-
-# --- conditionings ----------------------------------------------------------------------------------------------------
-
-
-def pad_to_each_other(denoiser: Any, cond: Any, uncond: Any) -> tuple[Any, Any]:
-    """Conditionings of equal token length where the user has chosen one of the host's ways of padding."""
-    if cond.shape[1] != uncond.shape[1]:
-        if shared.opts.pad_cond_uncond_v0:
-            return denoiser.pad_cond_uncond_v0(cond, uncond)
-        if shared.opts.pad_cond_uncond:
-            return denoiser.pad_cond_uncond(cond, uncond)
-    return cond, uncond
+TELLING = 1e-3
+"""Two outputs of a model for the same rows that differ by more than this share of their length differ not by rounding.
+"""
 
 
 # --- one call of the host's denoiser ----------------------------------------------------------------------------------
@@ -224,6 +99,24 @@ def noise_scaling(inner_model: nn.Module, x: Tensor, sigma: Tensor) -> tuple[Ten
     return x, gain
 
 
+@dataclass(frozen=True)
+class HostCall:
+    """A call of the host's denoiser: rows ``x [R, C, H, W]`` from ``first`` on, ``sigma [R]``, their text and the other
+    conditions; and the text that other extensions have put around the host's since we handed it over."""
+
+    denoise: Callable[..., Tensor]
+    x: Tensor
+    sigma: Tensor
+    first: int
+    text: Any
+    besides: dict[str, Tensor]
+    affix: Affix
+
+    @property
+    def range(self) -> range:
+        return range(self.first, self.first + len(self.x))
+
+
 @dataclass
 class HostPass:
     """One step as the host hands it to its denoiser, in one call or several: conditional rows, then unconditional ones.
@@ -235,9 +128,13 @@ class HostPass:
     plan: Plan
     conds_list: list
     texts: dict[int, tuple[Any, Any]]
-    x: list[Tensor] = field(default_factory=list)
-    sigma: list[Tensor] = field(default_factory=list)
+    calls: list[HostCall] = field(default_factory=list)
     predicted: dict[Row, Tensor] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        """How many rows the host has asked for so far."""
+        return sum(len(call.x) for call in self.calls)
 
     @property
     def image_of_row(self) -> tuple[int, ...]:
@@ -279,39 +176,33 @@ def answered(model: nn.Module, answer: Callable[..., Tensor]) -> Iterator[None]:
             model.forward = own
 
 
-def text_at_step(text: tuple[Any, Any], step: int) -> tuple[list, Any, Any]:
-    """The rows of each image (``conds_list``), and the conditionings of a step, positive and negative."""
-    conds_list, cond = prompt_parser.reconstruct_multicond_batch(text[0], step)
-    return conds_list, cond, prompt_parser.reconstruct_cond_batch(text[1], step)
-
-
-def text_and_others(cond: dict[str, Any], like: Any) -> tuple[Any, dict[str, Tensor]]:
-    """The conditions of a call of the host's denoiser: the text, in the form of ``like``, and what is not the text's
-    (image conditioning, unCLIP's) by name, ``[rows, ...]`` each."""
-    of_the_text = like if isinstance(like, dict) else ("c_crossattn",)
-    values = {name: value[0] if isinstance(value, list) else value for name, value in cond.items()}
-    text = {name: values.pop(name) for name in of_the_text}
-    return (text if isinstance(like, dict) else text["c_crossattn"]), values
-
-
-def as_condition(text: Any, besides: dict[str, Tensor]) -> dict[str, Any]:
-    """The host's dict of conditions for its denoiser."""
-    conditions = {name: value if name == "c_adm" else [value] for name, value in besides.items()}
-    return {**text, **conditions} if isinstance(text, dict) else {"c_crossattn": [text], **conditions}
-
-
 class A1111Sampling:
-    """Composition in one sampling pass."""
+    """Composition in one sampling pass.
 
-    def __init__(self, generation: Generation, networks: ModuleType, loras: list[Any]):
-        self.generation, self.p, self.networks, self.loras = generation, generation.p, networks, loras
+    Wherever a LoRA's index is asked for, `Plan.BASE` stands for none of them and `Plan.MERGED` for all at once.
+    """
+
+    def __init__(
+        self,
+        generation: Generation,
+        networks: ModuleType,
+        loras: Sequence[Any],
+        claims: Sequence[Claim],
+        everywhere: Sequence[Any],
+    ):
+        self.generation, self.p, self.networks = generation, generation.p, networks
+        self.loras, self.claims, self.everywhere = loras, claims, everywhere
         self.settings = generation.settings
+        self.labels = labels(loras)
         self.method = method_from(self.settings)
         self.step = ExitStack()
+        self.steps = 0
+        self.even_handed = False
         self.plan = Plan(host=Plan.MERGED)
         self.prepare()
         script_callbacks.on_cfg_denoiser(self.before_unet)
         script_callbacks.on_cfg_denoised(self.after_unet)
+        come_first(self.after_unet, "cfg_denoised")
 
     def close(self) -> None:
         self.step.close()
@@ -322,39 +213,57 @@ class A1111Sampling:
         """Conditionings and branches for the model that is loaded now, made once for all batches that share them."""
         check_supported()
         self.model = loaded_model()
-        multipliers = tuple((lora, lora.unet_multiplier, lora.te_multiplier, lora.dyn_dim) for lora in self.loras)
-        isolation = self.generation.once((self.model, multipliers), self.isolate)
+        # By what the host keeps its own conditionings by, so that they hold for as long as the host's do.
         second_pass, *_ = prompts = prompts_of_pass(self.p)
-        key = (self.model, multipliers, second_pass)  # images of another size: another number of rows fits
-        self.isolated = self.generation.once(key, lambda: self.calls(isolation))
-        self.texts = self.generation.once((self.model, multipliers, prompts), self.encode_all)
+        key = ("texts", self.model, prompts, tags_of_pass(self.p), *labels([*self.loras, *self.everywhere]))
+        self.texts, self.speaks = self.generation.once(key, self.encode_all)
+        self.read_strengths()
+        # Images of another size: another number of rows fits.
+        self.isolated = self.generation.once(("calls", self.model, second_pass), self.calls)
+        self.isolated.act_on(self.isolation)
 
-    def isolate(self) -> Isolation:
-        """The LoRAs' branches on the UNet's layers."""
-        branches = []
-        with bare(self.networks):
-            for lora in self.loras:
-                fitting, misfits = branches_of(self.generation, self.networks, lora)
-                branches.append(fitting)
-                if misfits:
-                    self.generation.note(f"{lora.name} does not fit {len(misfits)} layers of this model")
+    def read_strengths(self) -> None:
+        """The LoRAs' branches at their present strengths, which other extensions change from step to step."""
+        self.strengths = [strength(lora) for lora in self.loras]
+        key = (self.model, *self.everywhere, *zip(self.loras, self.strengths))
+        self.isolation, self.acts = self.generation.kept("isolation", key, self.isolate)
+
+    def isolate(self) -> tuple[Isolation, list[bool]]:
+        """The LoRAs' branches on the UNet's layers, and which of them add anything."""
+        branches, acts = [], []
+        for lora, name in zip(self.loras, self.labels):
+            each = unet_lora(self.generation, self.networks, lora, self.everywhere)
+            branches.append(each.branches)
+            acts.append(each.acts)
+            if each.misfits:
+                self.generation.note(f"{name} does not fit {len(each.misfits)} layers of this model")
         # The last one, without a branch, makes `Plan.BASE` an index like any other.
-        return Isolation(shared.sd_model.network_layer_mapping, [*branches, {}])
+        return Isolation(shared.sd_model.network_layer_mapping, [*branches, {}]), acts
 
-    def calls(self, isolation: Isolation) -> IsolatedCalls:
+    def calls(self) -> IsolatedCalls:
         """Model calls for one pass, as large as the host's options and the device's memory allow."""
         limits = [] if shared.opts.batch_cond_uncond else [self.p.batch_size]
         limits += [ROWS_OF_A_POOL] if self.settings.pool else []
-        return IsolatedCalls(isolation, min(limits, default=None), CudaMemory.of(devices.device))
+        return IsolatedCalls(self.isolation, min(limits, default=None), CudaMemory.of(devices.device))
 
-    def encode_all(self) -> list[Any]:
-        """The prompts' schedules of conditionings: each LoRA's, and last (`Plan.BASE`) the bare model's."""
-        base = self.encode([])
-        return [*(self.encode([lora]) if speaks_to_text_encoder(lora) else base for lora in self.loras), base]
+    def encode_all(self) -> tuple[list[Any], list[bool]]:
+        """The prompts' schedules of conditionings: each LoRA's, then the host's own (`Plan.MERGED`), and last the bare
+        model's (`Plan.BASE`); and which LoRAs change the bare model's."""
+        base = self.encode(self.everywhere)
+        alone = [self.encode([*self.everywhere, lora]) if speaks_to_text_encoder(lora) else base for lora in self.loras]
+        for lora, text in zip(self.loras, alone):
+            if text is not base and not is_finite_text(text):
+                raise not_finite(lora)
+        active = list(self.networks.loaded_networks)
+        audible = [lora for lora in active if speaks_to_text_encoder(lora)] or [None]
+        known = dict(zip(self.loras, alone))
+        merged = self.encode(active) if len(audible) > 1 or self.everywhere else known.get(audible[0], base)
+        speaks = [text is not base and not all(map(same_text, text, base)) for text in alone]
+        return [*alone, merged, base], speaks
 
     def encode(self, active: Sequence[Any]) -> tuple[Any, Any]:
         """Schedules of conditionings, positive and negative, with just the LoRAs ``active``."""
-        others = [lora for lora in self.loras if lora not in active]
+        others = [lora for lora in (*self.loras, *self.everywhere) if lora not in active]
         with only(self.networks, active), embeddings_of(active, others):
             return encode(self.p)
 
@@ -367,68 +276,197 @@ class A1111Sampling:
         with self.generation.guarded():
             if self.model != loaded_model():
                 self.prepare()
+            elif self.strengths != [strength(lora) for lora in self.loras]:
+                self.read_strengths()
+                self.isolated.act_on(self.isolation)
+            self.steps += 1
             self.denoiser = denoiser
-            self.plan = plan_step(self.generation, self.method, denoiser, len(self.loras))
+            acting = [index for index, effects in enumerate(zip(self.acts, self.speaks)) if any(effects)]
+            self.plan = plan_step(self.generation, self.method, denoiser, self.claims, acting)
             if self.plan.host == Plan.MERGED:
                 return
-            whom = dict.fromkeys((self.plan.host, *self.plan.isolated))
-            at_step = {lora: text_at_step(self.texts[lora], denoiser.step) for lora in whom}
-            conds_list, params.text_cond, params.text_uncond = at_step[self.plan.host]
-            texts = {lora: pad_to_each_other(denoiser, *text) for lora, (_, *text) in at_step.items()}
-            self.host_pass = HostPass(self.plan, conds_list, texts)
-            self.step.enter_context(only(self.networks, []))
+            self.meet_company()
+            self.host_pass = self.handed_over(params)
+            self.step.enter_context(only(self.networks, self.everywhere))
+            self.step.enter_context(undisturbed(self.networks, self.generation.fail))
             self.step.enter_context(answered(denoiser.inner_model, self.answer))
+
+    def meet_company(self) -> None:
+        """Look who else takes part in the model's evaluation."""
+        meddlers = meddlers_with_loras()
+        if meddlers:
+            raise UnsupportedError(
+                f"LoRAtorio: {named(meddlers)} decides by itself where the prompt's LoRAs act, so they cannot be "
+                "composed; switch it off, or LoRAtorio"
+            )
+        model = shared.sd_model
+        modules = (model, self.denoiser.inner_model, *model.model.modules())
+        self.company = company(modules, (model.apply_model, nn.functional.scaled_dot_product_attention))
+        if self.company:
+            self.generation.note(
+                f"beside {named(self.company)} one LoRA after the other was evaluated, which takes longer"
+            )
+
+    def handed_over(self, params: script_callbacks.CFGDenoiserParams) -> HostPass:
+        """Give the host's pass the text of whom the plan asks, with all that other extensions have put around it."""
+        denoiser, texts = self.denoiser, {}
+        _, *merged = text_at_step(self.texts[Plan.MERGED], denoiser.step)
+        affixes = [self.affix(*pair) for pair in zip(merged, (params.text_cond, params.text_uncond))]
+        for lora in dict.fromkeys((self.plan.host, *self.plan.isolated)):
+            conds_list, *text = text_at_step(self.texts[lora], denoiser.step)
+            text = [affix.around(each) for affix, each in zip(affixes, text)]
+            if lora == self.plan.host:
+                host_conds_list = conds_list
+                params.text_cond, params.text_uncond = text
+            texts[lora] = pad_to_each_other(denoiser, *text)
+        return HostPass(self.plan, host_conds_list, texts)
+
+    def affix(self, own: Any, given: Any) -> Affix:
+        """What other extensions have put around a conditioning; raises `UnsupportedError` if they have changed it."""
+        try:
+            return Affix.between(own, given)
+        except ValueError as error:
+            suspects = named(dict.fromkeys([*self.company, *callers_of("cfg_denoiser")]))
+            raise UnsupportedError(
+                f"LoRAtorio: {suspects} changes the prompt's conditioning while the image is made, and what it would "
+                "make of a single LoRA's is not known; switch it off, or LoRAtorio"
+            ) from error
 
     def answer(self, denoise: Callable[..., Tensor], x: Tensor, sigma: Tensor, cond: dict[str, Any]) -> Tensor:
         """In place of a call of the host's denoiser: its rows, and beside them the isolated LoRAs'."""
         try:
-            return self.evaluate(denoise, x, sigma, cond)
+            output = self.evaluate(denoise, x, sigma, cond)
+            if self.generation.error is not None:  # somebody else has swallowed it
+                raise self.generation.error
+            return output
         except Exception as error:
             self.generation.fail(error)
             raise self.generation.error from error
 
     def evaluate(self, denoise: Callable[..., Tensor], x: Tensor, sigma: Tensor, cond: dict[str, Any]) -> Tensor:
         """The predictions for rows ``x [R, C, H, W]``, the next ones of this step; those of isolated LoRAs are kept."""
-        host_pass, first = self.host_pass, sum(map(len, self.host_pass.x))
-        host_pass.x.append(x)
-        host_pass.sigma.append(sigma)
-        rows = range(first, first + len(x))
-        # The host's own rows keep the text it gives them: another extension may have changed it.
-        given, besides = text_and_others(cond, like=host_pass.texts[self.plan.host][0])
-        texts = {(self.plan.host, row): subscript_cond(given, row - first, row - first + 1) for row in rows}
-        texts |= {asked: host_pass.text_of(asked) for asked in host_pass.wanted(rows)}
+        host_pass, host = self.host_pass, self.plan.host
+        first = host_pass.rows
+        text, besides = text_and_others(cond, like=host_pass.texts[host][0])
+        handed = catenate_conds([host_pass.text_of((host, row)) for row in range(first, first + len(x))])
+        call = HostCall(denoise, x, sigma, first, text, besides, self.affix(handed, text))
+        host_pass.calls.append(call)
+        if self.company:
+            self.repeat(call, host)
+        else:
+            self.batch(call)
+        return host_pass.of(host, first, call.range.stop)
 
-        def call(batch: Sequence[Row]) -> Tensor:
-            here = [row - first for _, row in batch]
+    def batch(self, call: HostCall) -> None:
+        """Evaluate a host's call and what the plan asks beside it, in as few model calls as can be."""
+        host_pass = self.host_pass
+        # The host's own rows keep the text it gives them.
+        texts = {(self.plan.host, row): subscript_cond(call.text, at, at + 1) for at, row in enumerate(call.range)}
+        texts |= {asked: self.text_for(call, asked) for asked in host_pass.wanted(call.range)}
+
+        def model_call(batch: Sequence[Row]) -> Tensor:
+            here = [row - call.first for _, row in batch]
             text = catenate_conds([texts[asked] for asked in batch])
-            others = {name: value[here] for name, value in besides.items()}
-            return denoise(x[here], sigma[here], cond=as_condition(text, others))
+            others = {name: value[here] for name, value in call.besides.items()}
+            return call.denoise(call.x[here], call.sigma[here], cond=as_condition(text, others))
 
         # A word that one LoRA's file brings along can make the prompt longer for it than for the others; and without
         # padding the negative prompt may be of another length.
         for length in dict.fromkeys(map(token_count, texts.values())):
             batch = [asked for asked, text in texts.items() if token_count(text) == length]
-            host_pass.predicted.update(zip(batch, self.isolated(batch, call)))
-        return host_pass.of(self.plan.host, first, rows.stop)
+            host_pass.predicted.update(zip(batch, self.isolated(batch, model_call)))
+
+    def text_for(self, call: HostCall, asked: Row) -> Any:
+        """The conditioning of one row of a call for whom it is asked, with what is around the host's."""
+        at = asked[1] - call.first
+        return call.affix.rows(at, at + 1).around(self.host_pass.text_of(asked))
+
+    def repeat(self, call: HostCall, lora: int) -> None:
+        """Make a host's call as it is, with another LoRA acting and its text in the place of the host's."""
+        text = call.text
+        if lora != self.plan.host:
+            rows = [self.text_for(call, (lora, row)) for row in call.range]
+            if len(set(map(token_count, rows))) > 1:
+                raise UnsupportedError(
+                    f"LoRAtorio: with {self.labels[lora]}'s own words prompt and negative prompt differ in length, "
+                    f"which cannot be evaluated beside {named(self.company)}"
+                )
+            text = catenate_conds(rows)
+        condition = as_condition(text, call.besides)
+        with self.isolation.rows([lora]), self.reads_only(text):
+            output = call.denoise(call.x, call.sigma, cond=condition)
+        self.host_pass.predicted.update(zip(((lora, row) for row in call.range), output))
+
+    def repeat_all(self) -> None:
+        """All of the host's calls of this step for one LoRA, then all of them for the next."""
+        host_pass, host = self.host_pass, self.plan.host
+        known = host_pass.of(host, 0, host_pass.rows)
+        for lora in (*(() if self.even_handed else (host,)), *self.plan.isolated):
+            for call in host_pass.calls:
+                self.repeat(call, lora)
+        if self.generation.error is not None:  # somebody else has swallowed it
+            raise self.generation.error
+        # Once a pass: what the same rows make must not depend on how often somebody was asked. (The host's own token
+        # merging draws its tokens by lot.)
+        if not self.even_handed and not self.p.get_token_merging_ratio():
+            again = host_pass.of(host, 0, host_pass.rows)
+            if (again - known).float().norm() > TELLING * known.float().norm():
+                raise UnsupportedError(
+                    f"LoRAtorio: {named(self.company)} makes something else of a step when it is asked again, so "
+                    "LoRAs cannot be evaluated one after the other; switch it off, or LoRAtorio"
+                )
+        self.even_handed = True
+
+    @contextmanager
+    def reads_only(self, text: Any) -> Iterator[None]:
+        """While entered, the UNet may be given no other text than rows of ``text``."""
+        rows = tokens_of(text)
+
+        def look(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            given = kwargs.get("context", args[2] if len(args) > 2 else None)
+            known = None if given is None else rows.to(given)
+            if given is not None and not (
+                given.shape[1:] == known.shape[1:]
+                and bool((given.unsqueeze(1) == known).flatten(2).all(dim=2).any(dim=1).all())
+            ):
+                self.generation.fail(
+                    UnsupportedError(
+                        f"LoRAtorio: {named(self.company)} gives the model prompts of its own for parts of the image, "
+                        "and what a single LoRA's text encoder would make of them is not known; switch it off, or "
+                        "LoRAtorio"
+                    )
+                )
+                raise self.generation.error
+
+        unet = shared.sd_model.model.diffusion_model
+        handle = unet.register_forward_pre_hook(look, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def after_unet(self, params: script_callbacks.CFGDenoisedParams) -> None:
         """``on_cfg_denoised``: put the composed rows in the place of the host's."""
-        self.step.close()
-        if self.generation.error is not None or self.plan.host == Plan.MERGED:
-            return
-        if self.denoiser.inner_model is not params.inner_model:
-            return
-        with self.generation.guarded():
-            predictions = self.predictions(params.x)
-            composed = self.method.combine(predictions)
-            names = [lora.name for lora in self.loras]
-            self.generation.record(names, composed.weights, predictions.image_of_row)
-            write_rows(params.x, composed, self.host_pass.conds_list)
+        try:
+            if self.generation.error is not None or self.plan.host == Plan.MERGED:
+                return
+            if self.denoiser.inner_model is not params.inner_model:
+                return
+            with self.generation.guarded():
+                if self.company:
+                    self.repeat_all()
+                predictions = self.predictions(params.x)
+                composed = self.method.combine(predictions)
+                names = [self.labels[member] for member in self.plan.members]
+                self.generation.record(names, composed.weights, predictions.image_of_row)
+                write_rows(params.x, composed, self.host_pass.conds_list)
+        finally:
+            self.step.close()
 
     def predictions(self, output: Tensor) -> Predictions:
         """All predictions of this step; ``output`` is the host's own pass, conditional rows before unconditional."""
         host_pass, conds = self.host_pass, self.host_pass.conds
-        x, sigma = torch.cat(host_pass.x), torch.cat(host_pass.sigma)
+        x, sigma = (torch.cat([getattr(call, name) for call in host_pass.calls]) for name in ("x", "sigma"))
         uncond_evaluated = len(x) > conds
 
         def isolated(first: int, last: int) -> Tensor:
@@ -446,12 +484,8 @@ class A1111Sampling:
             eps=(cond - kept) / gain,
             image_of_row=host_pass.image_of_row,
             gain=gain[0],
+            **claimed(self.plan, self.claims, x),
         )
-
-
-def token_count(text: Any) -> int:
-    """Length of a conditioning, which is ``[rows, tokens, C]`` or, for SDXL, in a dict."""
-    return (text["crossattn"] if isinstance(text, dict) else text).shape[1]
 
 
 def write_rows(output: Tensor, composed: ComposedStep, conds_list: list) -> None:
@@ -470,38 +504,46 @@ def write_rows(output: Tensor, composed: ComposedStep, conds_list: list) -> None
 # --- entering ---------------------------------------------------------------------------------------------------------
 
 
-def loaded_model() -> tuple[Any, Any]:
-    """What is compared to notice that the host loaded another checkpoint (refiner), maybe into the same model."""
-    return shared.sd_model, shared.sd_model.sd_checkpoint_info
+def come_first(callback: Callable, category: str) -> None:
+    """Let a callback, the last one registered, run before all others: they see what it makes of a step."""
+    registered = script_callbacks.callback_map[f"callbacks_{category}"]
+    registered.insert(0, registered.pop())
 
 
 def check_supported() -> None:
     """Raises `UnsupportedError` for models whose LoRAs cannot be isolated here."""
-    if sd_unet.current_unet is not None:
-        name = sd_unet.current_unet.option.label
-        raise UnsupportedError(f"LoRAtorio: LoRAs cannot be isolated in the UNet {name!r}; set SD Unet to None")
+    unet = sd_unet.get_unet_option()
+    if unet is not None:
+        raise UnsupportedError(f"LoRAtorio: LoRAs cannot be isolated in the UNet {unet.label!r}; set SD Unet to None")
     if shared.sd_model.cond_stage_key == "edit":
         raise UnsupportedError("LoRAtorio: InstructPix2Pix models guide by two conditions and are not supported")
     if getattr(shared.sd_model, "is_sd3", False):
         raise UnsupportedError("LoRAtorio: Stable Diffusion 3 models are not supported in this WebUI")
 
 
+def check(generation: Generation) -> None:
+    """Raise what speaks against a composition before any script has acted: the pool's entries, the kind of model."""
+    if generation.settings.method == "merge":
+        return
+    pool, tagged = pool_of(generation, ()), check_tags(generation.p)
+    if pool or tagged:
+        check_supported()
+
+
 def open_sampling(generation: Generation) -> A1111Sampling | None:
     """Composition for the sampling pass that is about to begin, or None where there is nothing to compose."""
     if generation.settings.method == "merge":
+        tell_of_merge(generation)
         return None
     networks = lora_extension()
     active = list(dict.fromkeys(networks.loaded_networks))
-    tell_of_loras(generation, [lora.name for lora in networks.loaded_networks])
-    if active or generation.settings.pool:
-        check_supported()
-    loras = [*active, *load_pool(generation, networks, active)]
+    tell_of_loras(generation, [lora.mentioned_name for lora in networks.loaded_networks])
+    pooled = load_pool(generation, networks, active)
+    claims = dict(zip([*active, *pooled], claims_on(generation, [*map(entry_of, active), *map(entry_of, pooled)])))
+    everywhere = [lora for lora, claim in claims.items() if claim.base]
+    loras = [lora for lora in active if lora not in everywhere]
+    loras += [lora for lora in pooled if lora not in everywhere and fits(generation, networks, lora, everywhere)]
     if not loras:
         tell_of_none(generation)
         return None
-    return A1111Sampling(generation, networks, loras)
-
-
-def begin(p: Any, args: Sequence[Any]) -> None:
-    """Take up a generation (see `Generation.begin`)."""
-    Generation.begin(p, args, open_sampling, shared.state.interrupt)
+    return A1111Sampling(generation, networks, loras, [claims[lora] for lora in loras], everywhere)

@@ -17,6 +17,7 @@ import torch
 from modules import prompt_parser, shared
 from torch import Tensor
 
+from loratorio_ext.claims import Claim
 from loratorio_ext.core import ComposedStep, Plan, Predictions, method_from
 from loratorio_ext.errors import UnsupportedError
 from loratorio_ext.generation import Generation
@@ -24,16 +25,23 @@ from loratorio_ext.hosts.forge_backends import Backend, backend_of
 from loratorio_ext.hosts.forge_patches import Patches, branches, joined
 from loratorio_ext.hosts.webui import (
     asked_loras,
+    check_tags,
+    clean_up,
     encode,
+    forget_conditionings,
+    interrupt,
     leave_out,
     lora_extension,
     plan_step,
     pool_of,
     prompts_of_pass,
+    sampled,
     tell_of_loras,
     tell_of_none,
 )
 from loratorio_ext.isolation import ROWS_OF_A_POOL, BatchedCalls, Isolation, Row, in_main_memory
+
+__all__ = ["check", "clean_up", "forget_conditionings", "interrupt", "open_sampling", "sampled"]
 
 logger = logging.getLogger("loratorio")
 
@@ -193,6 +201,7 @@ class ForgeSampling:
     def __init__(self, generation: Generation, networks: ModuleType, loras: list[Lora]):
         self.generation, self.p = generation, generation.p
         self.method = method_from(generation.settings)
+        self.steps = 0
         model = self.p.sd_model
         unet = model.forge_objects.unet.clone()
         self.backend = backend_of(unet)
@@ -287,6 +296,7 @@ class ForgeSampling:
 
     def compose(self, step: HostStep) -> tuple[Tensor, Tensor | None]:
         """The step's conditional and unconditional x0, ``[B, C, H, W]`` each."""
+        self.steps += 1
         if any(key in entry for entry in step.entries for key in REGIONAL):
             raise UnsupportedError("LoRAtorio: conditions for a region or a part of the steps are not supported")
         # Not before the first model call: only then has the host taken its own LoRAs from the weights.
@@ -298,7 +308,7 @@ class ForgeSampling:
         denoiser = self.p.sampler.model_wrap_cfg
         plan = Plan(host=Plan.MERGED)
         if members:
-            plan = plan_step(self.generation, self.method, denoiser, len(members))
+            plan = plan_step(self.generation, self.method, denoiser, [Claim()] * len(members))
         composed = self.predict(step, plan, denoiser.step)
         return step.of_images(composed.cond), composed.uncond
 
@@ -412,6 +422,8 @@ def open_sampling(generation: Generation) -> ForgeSampling | None:
     return ForgeSampling(generation, networks, list({lora.file: lora for lora in loras}.values()))
 
 
-def begin(p: Any, args: Sequence[Any]) -> None:
-    """Take up a generation (see `Generation.begin`)."""
-    Generation.begin(p, args, open_sampling, shared.state.interrupt)
+def check(generation: Generation) -> None:
+    """Raise what speaks against a composition before any script has acted: the pool's entries, the prompts' tags."""
+    if generation.settings.method != "merge":
+        pool_of(generation, ())
+        check_tags(generation.p)

@@ -98,6 +98,10 @@ class IsolatedCalls(BatchedCalls):
         super().__init__(isolation.forget, limit, memory)
         self.isolation = isolation
 
+    def act_on(self, isolation: Isolation) -> None:
+        """Go on with other branches, on the same layers; what is known of memory stays."""
+        self.isolation, self.forget = isolation, isolation.forget
+
     def __call__(self, rows: Sequence[Row], call: Call) -> Tensor:
         """As `BatchedCalls`."""
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from shutil import copyfile
 
 import numpy as np
 import pytest
@@ -36,8 +37,8 @@ def untouched(webui, plain):
     """After every test the plain image is the same still, and nothing is left registered."""
     yield
     assert difference(plain, webui.txt2img(prompt=PROMPT)) == 0
-    callbacks = webui.module("modules.script_callbacks").callbacks
-    registered = [callback for each in callbacks.values() for callback in each]
+    callbacks = webui.module("modules.script_callbacks").callback_map
+    registered = [each.callback for callbacks_of_a_kind in callbacks.values() for each in callbacks_of_a_kind]
     assert [each for each in registered if "loratorio_ext" in each.__module__] == []
 
 
@@ -263,7 +264,7 @@ def test_the_pools_menu(webui):
 def test_a_pool_typed_by_hand_and_presets(webui):
     ui, gradio = webui.module("loratorio_ext.ui"), webui.module("gradio")
     settings = webui.module("loratorio_ext.settings")
-    pool, (_, line, _) = ui.pool_inputs(settings.OPTION["pool"], "pool")
+    pool, (_, line, _) = ui.menu_inputs(settings.OPTION["pool"], "pool")
     add = line.listeners["submit"]
     assert add(" lora:0.8 ", None)[0]["value"] == ["lora:0.8"]
     update, emptied = add("rank*", ["lora", "rank*"])
@@ -276,6 +277,40 @@ def test_a_pool_typed_by_hand_and_presets(webui):
     assert isinstance(by_name["pool"], gradio.Dropdown) and by_name["pool"].value == []
     assert isinstance(by_name["show_maps"], gradio.Checkbox)
     assert settings.Settings.from_args([component.value for component in components]) == settings.Settings()
+
+
+def test_the_panel_proposes_loras_for_every_pass(webui):
+    ui, settings = webui.module("loratorio_ext.ui"), webui.module("loratorio_ext.settings")
+    folder = webui.data / "models" / "Lora"
+    names = ["speed/lcm-lora-8steps", "zz<b>_slider"]
+    (folder / "speed").mkdir()
+    for name in names:
+        copyfile(folder / "lora.safetensors", folder / f"{name}.safetensors")
+    try:
+        webui.module("networks").list_available_networks()
+        menu, (_, line, words) = ui.menu_inputs(settings.OPTION["everywhere"], "everywhere")
+        assert menu.properties["choices"][:2] == names and {"lora", "speed/*"} <= set(menu.properties["choices"])
+        assert "<b>speed/lcm-lora-8steps</b>" in words.value and "zz&lt;b&gt;_slider" in words.value
+        assert names[0] not in menu.listeners["change"]([names[0]]) and menu.listeners["change"](names) == ""
+        assert line.listeners["submit"](" *turbo* ", [names[0]])[0]["value"] == [names[0], "*turbo*"]
+    finally:
+        for name in names:
+            (folder / f"{name}.safetensors").unlink()
+        (folder / "speed").rmdir()
+        webui.module("networks").list_available_networks()
+
+
+def test_claims_are_text_in_the_panel_and_when_pasted(webui):
+    ui, settings = webui.module("loratorio_ext.ui"), webui.module("loratorio_ext.settings")
+    components, pasted = ui.build_ui("txt2img")
+    by_name = dict(zip(settings.OPTION, components))
+    assert isinstance(by_name["loras"], webui.module("gradio").Textbox) and by_name["loras"].value == ""
+    said = settings.Settings(enabled=True, loras=by_name["loras"].properties["placeholder"], everywhere=["lcm"])
+    assert said.loras["knight"] == {"at": "left", "share": 2.0}
+    values = [read(said.to_infotext()) for _, read in pasted]
+    assert isinstance(values[list(settings.OPTION).index("loras")], str)
+    assert settings.Settings.from_args(values) == said
+    assert dict(pasted)[by_name["loras"]]({}) == ""
 
 
 def test_embeddings_in_a_pools_files_are_known_to_their_own_lora_alone(webui, plain):
@@ -298,3 +333,96 @@ def test_embeddings_in_a_pools_files_are_known_to_their_own_lora_alone(webui, pl
         webui.txt2img(prompt=PROMPT)
         (folder / "bundled.safetensors").unlink()
         webui.module("networks").list_available_networks()
+
+
+def test_a_pass_that_never_asks_for_the_composition_is_an_error(webui, monkeypatch):
+    """As on a host that takes no notice of what is registered with it."""
+    callbacks = webui.module("modules.script_callbacks")
+    monkeypatch.setattr(callbacks, "on_cfg_denoiser", lambda callback: None)
+    with pytest.raises(RequestError) as caught:
+        webui.txt2img(prompt=TWO, alwayson_scripts={"LoRAtorio": {"args": [True]}})
+    assert caught.value.status == 422
+    assert "without ever asking for the composition" in caught.value.body
+
+
+def test_the_pools_limits_are_the_hosts_settings(webui):
+    shared, limits = webui.module("modules.shared"), webui.module("loratorio_ext.hosts.limits")
+    options = {"enabled": True, "pool": ["rank_*", "locon"]}
+    for name, value in ((limits.MOST_FILES, 2), (limits.MOST_GIB, 1e-6)):
+        shared.opts.set(name, value)
+        try:
+            with pytest.raises(RequestError) as caught:
+                webui.txt2img(prompt=PROMPT, alwayson_scripts={"LoRAtorio": {"args": [options]}})
+            assert caught.value.status == 422 and "rank_*" in caught.value.body
+        finally:
+            shared.opts.data.pop(name)
+
+
+def test_a_pools_files_are_read_once(webui, monkeypatch):
+    """And anew when they change; those that no pool needs any more are forgotten."""
+    networks, read = webui.module("networks"), []
+    load = networks.load_network
+    monkeypatch.setattr(networks, "load_network", lambda name, entry: read.append(name) or load(name, entry))
+
+    def pooled(*pool):
+        read.clear()
+        webui.txt2img(prompt=PROMPT, alwayson_scripts={"LoRAtorio": {"args": [{"enabled": True, "pool": pool}]}})
+        return sorted(read)
+
+    pooled("text_only")
+    assert pooled("rank_1", "locon") == ["locon", "rank_1"]
+    assert pooled("rank_1", "locon:0.5") == []
+    path = webui.data / "models" / "Lora" / "rank_1.safetensors"
+    path.touch()
+    assert pooled("rank_1") == ["rank_1"]
+    assert pooled("locon") == ["locon"]
+
+
+def damaged(webui, name, change):
+    """A copy of a LoRA's file with one of the UNet's matrices changed."""
+    folder = webui.data / "models" / "Lora"
+    tensors = load_file(folder / "lora.safetensors")
+    for key in tensors:
+        if "unet" in key and "lora_up" in key:
+            tensors[key] = change(tensors[key])
+    save_file(tensors, folder / f"{name}.safetensors")
+    return folder / f"{name}.safetensors"
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_numbers_that_are_none_are_refused_with_the_files_name(webui, number):
+    path = damaged(webui, "damaged", lambda tensor: torch.full_like(tensor, number))
+    try:
+        with pytest.raises(RequestError) as caught:
+            webui.txt2img(prompt=f"{TWO} <lora:damaged:1>", alwayson_scripts={"LoRAtorio": {"args": [True]}})
+        assert caught.value.status == 422 and str(path) in caught.value.body
+        script = {"LoRAtorio": {"args": [{"enabled": True, "pool": ["damaged", "rank_1"]}]}}
+        pooled = webui.txt2img(prompt=PROMPT, alwayson_scripts=script)
+        assert "damaged is left out of the pool" in pooled.infotext
+    finally:
+        path.unlink()
+
+
+def test_a_file_of_zeros_takes_no_share(webui):
+    path = damaged(webui, "nothing", torch.zeros_like)
+    scripts = {"LoRAtorio": {"args": [{"enabled": True, "preset": "paper"}]}}
+    try:
+        prompt = f"{PROMPT} <lora:down_blocks:1> <lora:nothing:0:1>"
+        found = webui.txt2img(prompt=prompt, alwayson_scripts=scripts)
+        alone = webui.txt2img(prompt=f"{PROMPT} <lora:down_blocks:1>", alwayson_scripts=scripts)
+        assert difference(found, alone) == 0
+    finally:
+        path.unlink()
+
+
+def test_two_loras_of_one_name_are_told_apart(webui):
+    """By their places below the LoRA folder, as soon as both take part."""
+    module = webui.module("loratorio_ext.hosts.a1111_loras")
+
+    class Found:
+        def __init__(self, path):
+            self.network_on_disk = webui.module("networks").NetworkOnDisk("a", str(path))
+
+    folder = webui.data / "models" / "Lora"
+    assert module.labels([Found(folder / "a.safetensors"), Found(folder / "sub" / "a.safetensors")]) == ["a", "sub/a"]
+    assert module.labels([Found(folder / "sub" / "a.safetensors")]) == ["a"]

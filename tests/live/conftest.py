@@ -36,10 +36,11 @@ def lay_out_data(host: Path, folder: Path, family: str, extensions: Iterable[Pat
 
 
 @contextmanager
-def tiny_webui(family: str, tmp_path_factory, **options) -> Iterator[WebUI]:
-    """The installed WebUI with the extension, the tests' own scripts, and a tiny checkpoint."""
+def tiny_webui(family: str, tmp_path_factory, neighbours: Iterable[Path] = (), **options) -> Iterator[WebUI]:
+    """The installed WebUI with the extension, the tests' own scripts, other extensions, and a tiny checkpoint."""
     host = installed_host()
-    data, checkpoint = lay_out_data(host, tmp_path_factory.mktemp(family), family, extensions=(ROOT, REFERENCE))
+    extensions = (ROOT, REFERENCE, *neighbours)
+    data, checkpoint = lay_out_data(host, tmp_path_factory.mktemp(family), family, extensions)
     with WebUI(host, data, checkpoint, **options) as webui:
         yield webui
 

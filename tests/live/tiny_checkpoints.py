@@ -6,6 +6,7 @@ Run by the host's own Python, whose model code builds the networks::
 
 Each family yields ``tiny-FAMILY.safetensors`` and its sidecar ``tiny-FAMILY.yaml``; ``sd1`` and ``sdxl`` also need the
 folder ``tiny-clip`` (configuration and tokenizer of a two-layer CLIP text model): its absolute path is in the sidecar.
+``sd1deep`` has SD 1.5's four levels, in narrow: what some extensions count on.
 ``sd15`` is not tiny: ``sd15.safetensors`` has SD 1.5's UNet and text model in full size (4 GB), for timing.
 Weights depend on the family and the seed alone. Images are 8 pixels a latent pixel; 64x64 is a good size.
 """
@@ -118,6 +119,16 @@ def sd1(clip_folder: Path) -> dict:
     return latent_diffusion(text_encoder, unet_params(CLIP_WIDTH))
 
 
+def sd1deep(clip_folder: Path) -> dict:
+    """SD 1.x with the levels and blocks of SD 1.5, 32 to 128 channels wide."""
+    text_encoder = {
+        "target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
+        "params": {"version": str(clip_folder)},
+    }
+    depth = {"channel_mult": [1, 2, 4, 4], "attention_resolutions": [4, 2, 1]}
+    return latent_diffusion(text_encoder, unet_params(CLIP_WIDTH) | depth)
+
+
 def sd15(clip_folder: Path) -> dict:
     """SD 1.5 in full size, but for the autoencoder."""
     text_encoder = {
@@ -196,7 +207,7 @@ def sdxl(clip_folder: Path) -> dict:
     }
 
 
-FAMILIES = {"sd1": sd1, "sd2v": sd2v, "sdxl": sdxl, "sd15": sd15}
+FAMILIES = {"sd1": sd1, "sd1deep": sd1deep, "sd2v": sd2v, "sdxl": sdxl, "sd15": sd15}
 
 
 def import_host_models(host: Path) -> None:
@@ -271,7 +282,7 @@ def components(family: str, params: dict) -> dict[str, torch.nn.Module]:
         unet = params["unet_config"]
         text_models = (
             {"cond_stage_model.transformer": clip_text_model(real=family == "sd15")}
-            if family in ("sd1", "sd15")
+            if family in ("sd1", "sd1deep", "sd15")
             else {"cond_stage_model.model": open_clip_text_model()}
         )
     return {

@@ -81,6 +81,7 @@ class StableDiffusionProcessing:
         self.extra_generation_params: dict[str, Any] = {}
         self.comments: dict[str, int] = {}
         self.sampler = self.c = self.uc = self.rng = None
+        self.all_prompts = self.all_negative_prompts = self.all_seeds = self.all_subseeds = None
         self.iteration = 0
         self.cached_c = StableDiffusionProcessing.cached_c
         self.cached_uc = StableDiffusionProcessing.cached_uc
@@ -130,6 +131,9 @@ class StableDiffusionProcessing:
 
     def get_conds(self) -> tuple[Any, Any]:
         return self.c, self.uc
+
+    def get_token_merging_ratio(self, for_hr: bool = False) -> float:
+        return 0.0
 
     def setup_prompts(self) -> None:
         self.all_prompts = [self.prompt] * (self.batch_size * self.n_iter)
@@ -368,17 +372,17 @@ def grown(box: tuple, padding: int, ratio: float, size: tuple[int, int]) -> tupl
 class Processed:
     """The images of a request, and what the host says of them."""
 
-    def __init__(self, p: StableDiffusionProcessing, images: list[Image.Image], infotexts: list[str]):
-        self.images, self.infotexts = images, infotexts
+    def __init__(self, p: StableDiffusionProcessing, images: list[Image.Image], infotexts: list[str] = ()):
+        self.images, self.infotexts = images, list(infotexts)
         self.index_of_first_image = 0
         self.comments = "".join(f"{comment}\n" for comment in p.comments)
         self.said = {
-            "prompt": p.all_prompts[0],
-            "all_prompts": p.all_prompts,
-            "negative_prompt": p.all_negative_prompts[0],
-            "all_negative_prompts": p.all_negative_prompts,
-            "seed": p.all_seeds[0],
-            "all_seeds": p.all_seeds,
+            "prompt": p.prompt,
+            "all_prompts": p.all_prompts or [p.prompt],
+            "negative_prompt": p.negative_prompt,
+            "all_negative_prompts": p.all_negative_prompts or [p.negative_prompt],
+            "seed": (p.all_seeds or [p.seed])[0],
+            "all_seeds": p.all_seeds or [p.seed],
             "width": p.width,
             "height": p.height,
             "sampler_name": p.sampler_name,
@@ -386,7 +390,7 @@ class Processed:
             "steps": p.steps,
             "batch_size": p.batch_size,
             "extra_generation_params": p.extra_generation_params,
-            "infotexts": infotexts,
+            "infotexts": self.infotexts,
         }
 
     def js(self) -> str:
@@ -424,7 +428,7 @@ def create_infotext(p: StableDiffusionProcessing, index: int) -> str:
 
 def process_images(p: StableDiffusionProcessing) -> Processed:
     """All images of a request. Options set for it alone are put back, but only those that had been set before."""
-    p.scripts.call("before_process", p)
+    p.scripts.before_process(p)
     opts = shared.opts
     before = {name: opts.data[name] for name in p.override_settings if name in opts.data}
     try:
@@ -446,7 +450,7 @@ def process_images_inner(p: StableDiffusionProcessing) -> Processed:
     p.all_seeds = [seed + (i if p.subseed_strength == 0 else 0) for i in range(len(p.all_prompts))]
     p.all_subseeds = [subseed + i for i in range(len(p.all_prompts))]
     shared.sd_model.tile(p.tiling)
-    scripts.call("process", p)
+    scripts.process(p)
     images, infotexts = [], []
     with torch.no_grad():
         p.init()
@@ -460,7 +464,7 @@ def process_images_inner(p: StableDiffusionProcessing) -> Processed:
             infotexts += [create_infotext(p, index) for index in range(len(images_of_batch))]
     extra_networks.deactivate(p)
     processed = Processed(p, images, infotexts or [""])
-    scripts.call("postprocess", p, processed)
+    scripts.postprocess(p, processed)
     return processed
 
 

@@ -36,31 +36,44 @@ class AfterCFGCallbackParams:
     total_sampling_steps: int
 
 
-callbacks: dict[str, list[Callable]] = {"cfg_denoiser": [], "cfg_denoised": [], "cfg_after_cfg": []}
+@dataclass(frozen=True)
+class ScriptCallback:
+    callback: Callable
+
+
+callback_map: dict[str, list[ScriptCallback]] = {
+    "callbacks_cfg_denoiser": [],
+    "callbacks_cfg_denoised": [],
+    "callbacks_cfg_after_cfg": [],
+}
+
+
+def on_ui_settings(callback: Callable, *, name: str | None = None) -> None:
+    callback()
 
 
 def on_cfg_denoiser(callback: Callable, *, name: str | None = None) -> None:
-    callbacks["cfg_denoiser"].append(callback)
+    callback_map["callbacks_cfg_denoiser"].append(ScriptCallback(callback))
 
 
 def on_cfg_denoised(callback: Callable, *, name: str | None = None) -> None:
-    callbacks["cfg_denoised"].append(callback)
+    callback_map["callbacks_cfg_denoised"].append(ScriptCallback(callback))
 
 
 def on_cfg_after_cfg(callback: Callable, *, name: str | None = None) -> None:
-    callbacks["cfg_after_cfg"].append(callback)
+    callback_map["callbacks_cfg_after_cfg"].append(ScriptCallback(callback))
 
 
 def remove_callbacks_for_function(function: Callable) -> None:
-    for registered in callbacks.values():
-        while function in registered:
-            registered.remove(function)
+    for registered in callback_map.values():
+        for each in [each for each in registered if each.callback == function]:
+            registered.remove(each)
 
 
 def call(category: str, params: Any) -> None:
     """Run a category's callbacks; as in the host, one that is removed meanwhile makes the loop miss its successor."""
-    for callback in callbacks[category]:
+    for each in callback_map[f"callbacks_{category}"]:
         try:
-            callback(params)
+            each.callback(params)
         except Exception:
             errors.report(f"Error executing callback {category}", exc_info=True)

@@ -1,0 +1,91 @@
+"""Every row of the table: with a neighbour active the composed image is right, or it is refused by that name.
+
+One LoRA with ``base_share`` 0 is the host's own image. A LoRA and its copy compose to what one of them does, and a
+method that takes but the first LoRA's turn is that LoRA alone: no row may meet another LoRA's branch. Where the
+brute-force reference is itself right in this company, two different LoRAs equal it.
+"""
+
+from dataclasses import asdict
+
+import pytest
+
+from tests.contract.rows import TOLERANCE, largest, mean
+from tests.live.neighbours import conftest
+from tests.live.neighbours.company import Difference, refusal
+from tests.live.neighbours.folder import NEIGHBOURS, version
+from tests.live.neighbours.rows import REFUSES, RIGHT, TABLE, Row
+from tests.live.webui import RequestError
+
+pytestmark = [pytest.mark.live, pytest.mark.usefixtures("clean")]
+
+VISIBLE = 0.5
+"""Mean grey levels that a neighbour, or a LoRA, must change in the host's own image for its row to mean anything."""
+
+FIRST = {"method": "switch", "switch_every": 999}
+
+Found = Difference | RequestError
+
+
+def attempts(row: Row) -> dict[str, tuple[str, dict]]:
+    """Prompts and options that must all give the host's own image of one LoRA."""
+    one = {"one LoRA": (row.one, {"base_share": 0})}
+    two = {"it and its copy": (row.twins, {"base_share": 0}), "the first of two": (row.two, FIRST)}
+    return one | two if row.two and row.expected == RIGHT else one
+
+
+def outcome(row: Row, found: Found) -> str:
+    if isinstance(found, Difference):
+        return RIGHT if found.rounding else "differs"
+    return REFUSES if refusal(found, (row.neighbour, *row.also)) else "fails"
+
+
+def report(row: Row, found: dict[str, Found]) -> dict:
+    """The row's entry in the results file: its worst attempt's."""
+    worst = max(found.values(), key=lambda each: each.largest if isinstance(each, Difference) else 256)
+    return {
+        "neighbour": row.neighbour,
+        "version": version(row.neighbour) if row.neighbour in NEIGHBOURS else "",
+        "mode": row.mode,
+        "expected": row.expected,
+        "outcome": outcome(row, worst),
+        **(asdict(worst) if isinstance(worst, Difference) else {"status": worst.status}),
+    }
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
+def test_row(company, row):
+    host = company.by_itself(*row.request(row.one)).images
+    assert mean(host, company.by_itself(*row.request(row.without)).images) > VISIBLE, "the LoRA is not seen"
+    if row.unlike is not None:
+        without = company.by_itself(*row.request_without_neighbour(row.one)).images
+        assert Difference.of(host, without).mean > VISIBLE, "the neighbour is not seen"
+
+    found, took = {}, {}
+    for name, (prompt, options) in attempts(row).items():
+        try:
+            took[name] = company.measured(*row.request(prompt), **options)
+            found[name] = Difference.of(host, took[name].generation.images)
+        except RequestError as error:
+            found[name] = error
+    result = conftest.results[row.name] = report(row, found)
+    for name, each in found.items():
+        log = "\n".join(company.log().splitlines()[-25:])
+        said = f"{row.name}: {name}: {outcome(row, each)}: {each}\nthe server's log ends with\n{log}"
+        assert outcome(row, each) == row.expected, said
+
+    if "it and its copy" in took:
+        both, options = took["it and its copy"], attempts(row)["it and its copy"][1]
+        alone = company.cost(*row.request_without_neighbour(row.twins), **options)
+        result["time"] = round(both.seconds / alone.seconds, 2)
+        result |= {"calls": both.calls, "calls without": alone.calls, "rows": both.rows, "rows without": alone.rows}
+
+
+@pytest.mark.parametrize("row", [row for row in TABLE if row.brute_force], ids=lambda row: row.name)
+def test_brute_force(company, row):
+    host = company.by_itself(*row.request(row.one)).images
+    trusted = company.brute_force(*row.request(row.one), base_share=0).images
+    assert Difference.of(host, trusted).rounding, "the reference itself is not right in this company"
+    composed = company.composed(*row.request(row.two)).images
+    reference = company.brute_force(*row.request(row.two)).images
+    assert largest(composed, reference) <= TOLERANCE
+    assert mean(composed, company.by_itself(*row.request(row.two)).images) > VISIBLE
