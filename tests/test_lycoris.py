@@ -15,6 +15,7 @@ from torch import nn
 from loratorio_ext.errors import UnsupportedError
 from loratorio_ext.hosts.diffusers import composed, load_lora, names_of_layers
 from loratorio_ext.isolation import LowRank
+from tests import tiny_transformers
 from tests.live.lora_files import KINDS, Layer, Recipe, lora_weights
 from tests.test_diffusers import arguments, relative_error
 from tests.tiny_pipelines import assert_untouched, make_pipeline, state, text_name
@@ -218,6 +219,39 @@ def test_names_of_layers_in_other_words():
     assert names["unet.mid_block.resnets.0.conv1"] == names["lycoris_mid_block_resnets_0_conv1"]
     with pytest.raises(KeyError, match="lora_unet_nowhere, which is no layer of this StableDiffusionXLPipeline"):
         names_of_layers(pipe, ["lora_unet_nowhere"])
+
+
+def test_a_transformer(tmp_path):
+    """By LyCORIS' own names."""
+    pipe, twin = (tiny_transformers.make_pipeline("flux-dev") for _ in range(2))
+    linear = [(name, layer) for name, layer in twin.transformer.named_modules() if isinstance(layer, nn.Linear)]
+    layers = [Layer(f"lycoris_{name}".replace(".", "_"), name, layer.weight, layer.bias) for name, layer in linear]
+    state = lora_weights(layers, Recipe("a", "lokr_factored", 1, 0.3, rank=2))
+    save_file(state, tmp_path / "lokr.safetensors")
+    for known, (_, layer) in zip(layers, linear):
+        mine = {key.partition(".")[2]: value for key, value in state.items() if key.startswith(f"{known.name}.")}
+        mine = {part: value.double().numpy() for part, value in mine.items()}
+        layer.weight.data += torch.from_numpy(change(mine, layer.weight.double().numpy()).reshape(layer.weight.shape))
+    call = tiny_transformers.arguments("flux-dev")
+    with composed(pipe, [load_lora(pipe, tmp_path / "lokr.safetensors")], method="composite"):
+        actual = pipe(**call).images
+    expected = twin(**call).images.double()
+    assert relative_error(actual, expected) < 1e-4 < relative_error(pipe(**call).images, expected)
+
+
+@pytest.mark.parametrize(
+    "key, why",
+    [
+        ("base_model.model.mid_block.resnets.0.conv1.hada_w1_a", "PEFT's own layout"),
+        ("lora_unet_mid_block_resnets_0_conv1.hada_w1_a", "has hada_w1_a, but no hada_w1_b"),
+        ("lora_unet_nowhere.hada_w1_a", "lora_unet_nowhere, which is no layer of this StableDiffusionPipeline"),
+        ("lora_unet_mid_block_resnets_0_conv1.diff", r"diff do not fit a layer \(32, 32, 3, 3\)"),
+    ],
+)
+def test_what_is_wrong_is_named(pipe, tmp_path, key, why):
+    save_file({key: torch.ones(2, 2)}, tmp_path / "wrong.safetensors")
+    with pytest.raises(UnsupportedError, match=f"wrong .*{why}"):
+        load_lora(pipe, tmp_path / "wrong.safetensors")
 
 
 def test_dora_of_peft(pipe, tmp_path):

@@ -88,6 +88,8 @@ from loratorio_ext.settings import Settings
 DENOISERS = ("unet", "transformer")
 TEXT_ENCODER = "text_encoder"
 """A text encoder's name, or its beginning where there are several."""
+PEFT_FILE = "base_model.model."
+"""How keys begin in files that PEFT itself saves."""
 HOOK = "loratorio"
 GIVEN_TEXTS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 """Arguments of pipelines in which texts are given encoded already, the prompt's first."""
@@ -354,6 +356,8 @@ def lycoris_branches(
     pipe: Any, values: Mapping[str, Tensor], te_weight: float, unet_weight: float
 ) -> dict[str, Branch]:
     """The branches of a file of other networks; `KeyError` for parts and layers that are not known."""
+    if any(key.startswith(PEFT_FILE) for key in values):
+        raise KeyError(f"{PEFT_FILE}…, PEFT's own layout, whose scale is in another file; LyCORIS' layout has it")
     parts = by_layer(values)
     names, layers = names_of_layers(pipe, parts), layers_of(pipe)
     return {
