@@ -639,7 +639,7 @@ class TestUnsupported:
         before = state(pipe)
         with composed(pipe, loras):
             for other in (pipe, shared):
-                with pytest.raises(UnsupportedError, match="composes already"), composed(other, loras):
+                with pytest.raises(UnsupportedError, match="composing already"), composed(other, loras):
                     pass
             assert torch.equal(pipe(**arguments(pipe)).images, expected)
         assert_untouched(pipe, before)
@@ -663,7 +663,7 @@ class TestUnsupported:
         with ThreadPoolExecutor(8) as threads:
             outcomes = list(threads.map(enter, range(8)))
         assert outcomes.count("composed") == 1
-        assert all("composes already" in outcome for outcome in outcomes if outcome != "composed")
+        assert all("composing already" in outcome for outcome in outcomes if outcome != "composed")
         assert_untouched(pipe, before)
 
     def test_embeddings_instead_of_a_prompt(self, pipes, files):
