@@ -585,7 +585,7 @@ class TestIndependence:
             if {"compel", "diffusers", "lycoris", "peft", "transformers", "typer", "accelerate"} & set(imported(path))
         }
         standalone = {f"loratorio_ext/standalone/{name}.py" for name in ("options", "quiet")}
-        hosts = {f"loratorio_ext/hosts/{name}.py" for name in ("diffusers", "lycoris", "prompts")}
+        hosts = {f"loratorio_ext/hosts/{name}.py" for name in ("diffusers", "diffusers_loras", "lycoris", "prompts")}
         assert users == hosts | {"loratorio_ext/cli.py"} | standalone
 
     @pytest.mark.parametrize(

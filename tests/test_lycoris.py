@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from loratorio_ext.errors import UnsupportedError
-from loratorio_ext.hosts.diffusers import composed, load_lora, names_of_layers
+from loratorio_ext.hosts.diffusers import composed, load_lora
+from loratorio_ext.hosts.diffusers_loras import names_of_layers
 from loratorio_ext.isolation import LowRank
 from tests import tiny_transformers
 from tests.live.lora_files import KINDS, Layer, Recipe, lora_weights
