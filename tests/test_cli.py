@@ -582,10 +582,11 @@ class TestIndependence:
         users = {
             str(path.relative_to(self.ROOT))
             for path in files
-            if {"diffusers", "peft", "transformers", "typer", "accelerate"} & set(imported(path))
+            if {"compel", "diffusers", "lycoris", "peft", "transformers", "typer", "accelerate"} & set(imported(path))
         }
         standalone = {f"loratorio_ext/standalone/{name}.py" for name in ("options", "quiet")}
-        assert users == {"loratorio_ext/hosts/diffusers.py", "loratorio_ext/cli.py"} | standalone
+        hosts = {f"loratorio_ext/hosts/{name}.py" for name in ("diffusers", "diffusers_loras", "lycoris", "prompts")}
+        assert users == hosts | {"loratorio_ext/cli.py"} | standalone
 
     @pytest.mark.parametrize(
         "arguments",
