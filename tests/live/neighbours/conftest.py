@@ -14,8 +14,9 @@ from tests.live.conftest import REFERENCE, ROOT, installed_host
 from tests.live.lora_files import CATALOGUE, Recipe, write_catalogue
 from tests.live.neighbours.company import Company, Difference
 from tests.live.neighbours.control_models import DETECTOR, write_control_models
-from tests.live.neighbours.folder import present, require
+from tests.live.neighbours.folder import NEIGHBOURS, present, require
 from tests.live.neighbours.report import table
+from tests.live.neighbours.rows import EVERYBODY
 from tests.live.webui import RequestError, host_python, prepare_data_dir
 
 HERE = Path(__file__).parent
@@ -30,6 +31,7 @@ SETS = {
     "adetailer": ("adetailer", "dynamic-thresholding"),
     "dynamic-thresholding": ("adetailer", "dynamic-thresholding"),
     "built in": ("adetailer", "dynamic-thresholding"),
+    EVERYBODY: NEIGHBOURS,
 }
 """Who shares a server with whom: those that change nothing of the host until they are asked to."""
 
@@ -91,8 +93,8 @@ def companies(open_company):
     """Function of a set's name to its `Company`; one server runs at a time, and tests are in the order of the sets."""
     opened: dict[tuple[str, ...], Company] = {}
 
-    def company_of(neighbour: str) -> Company:
-        names = SETS[neighbour]
+    def company_of(name: str) -> Company:
+        names = SETS[name]
         for other, company in opened.items():
             if other != names:
                 company.close()
@@ -109,7 +111,7 @@ def companies(open_company):
 def company(companies, row) -> Company:
     """The server with the row's neighbour in it."""
     require(row.neighbour, *row.also)
-    return companies(row.neighbour)
+    return companies(row.server)
 
 
 @pytest.fixture
@@ -131,7 +133,7 @@ def clean(company, row):
 def server_of(item: pytest.Item) -> int:
     """Where the server that a test needs stands among all."""
     row = getattr(item, "callspec", None) and item.callspec.params.get("row")
-    return list(SETS.values()).index(SETS[row.neighbour]) if row else len(SETS)
+    return list(SETS.values()).index(SETS[row.server]) if row else len(SETS)
 
 
 @pytest.hookimpl(trylast=True)

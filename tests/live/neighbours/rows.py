@@ -14,6 +14,7 @@ import numpy as np
 from tests.live.webui import encode_image
 
 RIGHT, REFUSES = "right", "refuses"
+EVERYBODY = "everybody"
 
 ONE = "a cat on a hill <lora:lora:0.8>"
 TWO = f"{ONE} <lora:locon:0.8>"
@@ -132,6 +133,14 @@ class Row:
 
     also: tuple[str, ...] = ()
     """other neighbours that must be there, too"""
+
+    crowd: bool = False
+    """whether it is tried where every neighbour is installed"""
+
+    @property
+    def server(self) -> str:
+        """The set of neighbours that it is tried with."""
+        return EVERYBODY if self.crowd else self.neighbour
 
     @property
     def name(self) -> str:
@@ -378,6 +387,36 @@ BUILT_IN = [
     ),
 ]
 
+CROWD = [
+    Row(
+        "regional-prompter",
+        "Attention, with ControlNet",
+        regional_prompter("Attention") | controlnet(unit()),
+        {"prompt": REGIONS},
+        two=TWO_REGIONS,
+        also=("controlnet",),
+        crowd=True,
+    ),
+    Row(
+        "lora-block-weight",
+        "starts at step 3, with ControlNet",
+        controlnet(unit()),
+        {"prompt": "a cat on a hill <lora:lora:1:lbw=ALL:start=3>"},
+        two="a cat on a hill <lora:lora:1:lbw=ALL:start=3> <lora:locon:0.8>",
+        also=("controlnet",),
+        crowd=True,
+    ),
+    Row(
+        "dynamic-thresholding",
+        "mimic scale 4, with ControlNet's reference_only",
+        dynamic_thresholding(4.0) | controlnet(reference("reference_only")),
+        also=("controlnet",),
+        crowd=True,
+    ),
+    Row("adetailer", "with ControlNet", adetailer() | controlnet(unit()), also=("controlnet",), crowd=True),
+]
+"""Several at once, where all are installed."""
+
 TABLE = [
     *CONTROLNET,
     *REGIONAL_PROMPTER,
@@ -386,5 +425,6 @@ TABLE = [
     *BLOCK_WEIGHT,
     *ADETAILER,
     *DYNAMIC_THRESHOLDING,
+    *CROWD,
     *BUILT_IN,
 ]

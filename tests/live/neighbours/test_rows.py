@@ -89,3 +89,37 @@ def test_brute_force(company, row):
     reference = company.brute_force(*row.request(row.two)).images
     assert largest(composed, reference) <= TOLERANCE
     assert mean(composed, company.by_itself(*row.request(row.two)).images) > VISIBLE
+
+
+CHOSEN = {
+    "controlnet": ("Balanced", "ControlNet is more important", "reference_only"),
+    "regional-prompter": ("Attention",),
+    "multidiffusion": ("MultiDiffusion, tile batch 4",),
+    "loractl": ("a weight for the first fifth",),
+    "lora-block-weight": ("starts at step 4",),
+    "dynamic-thresholding": ("mimic scale 4",),
+}
+OPTIONS = {
+    "start 0.5": {"start": 0.5},
+    "end 0.5": {"end": 0.5},
+    "refresh 1": {"refresh": 1, "warmup": 0},
+    "reselect_every 2": {"top_k": 1, "reselect_every": 2},
+    "base_share 1": {"base_share": 1.0},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(
+    "row", [row for row in TABLE if row.mode in CHOSEN.get(row.neighbour, ())], ids=lambda row: row.name
+)
+def test_options(company, row, options):
+    """Steps that are merged, partly evaluated, or picked from: right with one LoRA; with two as by brute force."""
+    host = company.by_itself(*row.request(row.one)).images
+    if "base_share" not in options:
+        one = company.composed(*row.request(row.one), base_share=0, **options).images
+        difference = Difference.of(host, one)
+        assert difference.rounding, f"one LoRA: {difference}"
+    two = company.composed(*row.request(row.two), **options).images
+    if row.brute_force:
+        reference = company.brute_force(*row.request(row.two), **options).images
+        assert largest(two, reference) <= TOLERANCE
