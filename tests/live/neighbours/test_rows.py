@@ -92,12 +92,10 @@ def test_brute_force(company, row):
 
 
 CHOSEN = {
-    "controlnet": ("Balanced", "ControlNet is more important", "reference_only"),
+    "controlnet": ("Balanced", "reference_only"),
     "regional-prompter": ("Attention",),
     "multidiffusion": ("MultiDiffusion, tile batch 4",),
     "loractl": ("a weight for the first fifth",),
-    "lora-block-weight": ("starts at step 4",),
-    "dynamic-thresholding": ("mimic scale 4",),
 }
 OPTIONS = {
     "start 0.5": {"start": 0.5},
