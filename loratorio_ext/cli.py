@@ -190,7 +190,7 @@ def parameter(option: Option) -> inspect.Parameter:
     help_text = f"{option.help} ({allowed})"
     panel = f"Composition: {option.group}" if option.group else "Composition"
     annotation = Annotated[
-        (list[str] if several else option.kind) | None, typer.Option(help=help_text, rich_help_panel=panel)
+        (list[str] if several else option.given_as) | None, typer.Option(help=help_text, rich_help_panel=panel)
     ]
     return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 

@@ -1,13 +1,37 @@
 """Errors that reach the user. WebUIs build an API response from an exception's ``status_code`` and ``detail``."""
 
+import difflib
+import reprlib
+from collections.abc import Iterable
+from typing import Any
+
+
+def shown(value: Any) -> str:
+    """A value as an error message repeats it, shortened."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python writes out no integer of more than some thousand digits.
+        return "a number too long to show"
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str:
+    """A hint at the known name closest to a wrong one, or nothing."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
 
 class LoRAtorioError(Exception):
-    """A composition that cannot happen, and why, in words for the user. ``status_code`` is the HTTP status."""
+    """A composition that cannot happen, and why, in words for the user. ``status_code`` is the HTTP status.
+
+    Where one input is to blame, ``field`` names it, ``value`` is what it held, and ``allowed`` says, in words, what it
+    may hold; None where there is no such thing.
+    """
 
     status_code = 500
 
-    def __init__(self, message: str):
+    def __init__(self, message: str, *, field: str | None = None, value: Any = None, allowed: str | None = None):
         super().__init__(message)
+        self.field, self.value, self.allowed = field, value, allowed
         # Hosts look into the instance's own attributes only.
         self.status_code = type(self).status_code
         self.detail = message

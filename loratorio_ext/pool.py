@@ -7,6 +7,7 @@ can reach a file that the host does not offer by itself.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -23,13 +24,15 @@ WILD = re.compile(r"[*?\[]")
 @dataclass(frozen=True)
 class Listed:
     """A LoRA that the host lists: its name in prompts, its file, and the file's path below the LoRA folder without its
-    ending, parts joined by slashes. ``alias``: another name that prompts may use. ``metadata``: what the file says."""
+    ending, parts joined by slashes. ``alias``: another name that prompts may use. ``metadata``: what the file says.
+    ``size``: the file's bytes, 0 where nobody asked."""
 
     name: str
     file: str
     path: str
     alias: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    size: int = field(default=0, compare=False)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -42,11 +45,12 @@ class Listed:
 
 @dataclass(frozen=True)
 class Member:
-    """A LoRA of a pool at its weights."""
+    """A LoRA of a pool at its weights, and the ``entry`` that it is in the pool by."""
 
     lora: Listed
     text: float
     unet: float
+    entry: str = field(default="", compare=False)
 
 
 def path_below(file: str, folder: str) -> str:
@@ -137,7 +141,39 @@ def resolve(pool: Iterable[str], listed: Sequence[Listed], weight: float) -> lis
         te, unet = (weights[0], weights[-1]) if weights else (weight, weight)
         for lora in found:
             if one or lora.file not in by_name:
-                members[lora.file] = Member(lora, te, unet)
+                members[lora.file] = Member(lora, te, unet, entry)
         if one:
             by_name.add(found[0].file)
     return [member for member in members.values() if member.text or member.unet]
+
+
+def gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def check_size(members: Iterable[Member], most_files: int, most_bytes: int) -> None:
+    """Raises `SettingsError` for a pool of more than ``most_files`` LoRAs, or whose files hold more than ``most_bytes``
+    together; 0 is no limit. Every LoRA of a pool is in memory while an image is made."""
+    members = list(members)
+    size = sum(member.lora.size for member in members)
+    too_many, too_large = 0 < most_files < len(members), 0 < most_bytes < size
+    if not too_many and not too_large:
+        return
+    entries = Counter(member.entry for member in members)
+    if too_large and not too_many:
+        entries = Counter()
+        for member in members:
+            entries[member.entry] += member.lora.size
+    entry = entries.most_common(1)[0][0]
+    by_entry = [member.lora.size for member in members if member.entry == entry]
+    allowed = " and ".join(
+        [f"at most {most_files} LoRAs"] * bool(most_files) + [f"at most {gib(most_bytes)} in all"] * bool(most_bytes)
+    )
+    raise SettingsError(
+        f"LoRAtorio: the pool holds {len(members)} LoRAs of {gib(size)}, of which {shown(entry)} brings "
+        f"{len(by_entry)} of {gib(sum(by_entry))}, and may hold {allowed}, since all of it is in memory at once: name "
+        f"fewer, leave some out with a weight of 0 (name:0), or raise the limit",
+        field="pool",
+        value=entry,
+        allowed=allowed,
+    )

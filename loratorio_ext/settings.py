@@ -3,26 +3,17 @@
 Importing this module needs no host and no torch.
 """
 
-import difflib
 import json
 import math
-import reprlib
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass, replace
 from typing import Any
 
-from loratorio_ext.errors import SettingsError
+from loratorio_ext.errors import SettingsError, nearest_name, shown
+from loratorio_ext.parts import check_parts
 
 INFOTEXT_PREFIX = "LoRAtorio"
-
-
-def shown(value: Any) -> str:
-    """A value as an error message repeats it, shortened."""
-    try:
-        return reprlib.repr(value)
-    except ValueError:  # Python writes out no integer of more than some thousand digits.
-        return "a number too long to show"
 
 
 @dataclass(frozen=True)
@@ -47,6 +38,11 @@ class Option:
     @property
     def kind(self) -> type:
         return type(self.default)
+
+    @property
+    def given_as(self) -> type:
+        """What a command line gives: a value of the option's own type, or text that `check` reads."""
+        return self.kind
 
     @property
     def infotext_key(self) -> str:
@@ -131,6 +127,59 @@ class Lines(Option):
             return self.check(json.loads(text))
         except (TypeError, ValueError, RecursionError) as error:  # JSON's errors and `SettingsError` are ValueErrors
             raise SettingsError(f"LoRAtorio: {self.name} must be {self.allowed}, got {shown(text)}") from error
+
+
+class Frozen(dict):
+    """A mapping that stays as it is, so that it can be hashed as far as what it holds can."""
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self.items()))
+
+    def __reduce__(self):
+        return type(self), (dict(self),)
+
+    def _refuse(self, *args, **kwargs):
+        raise TypeError(f"{type(self).__name__} does not change")
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
+
+
+def without_repetition(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping from JSON, of which nothing is lost to a second value for the same name."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
+
+
+class Claims(Option):
+    """An option that gives LoRAs by name the parts of their claims (see `parts`), kept as a `Frozen` mapping of such.
+
+    Its infotext form, and that of a text box, is the mapping in JSON; blank text is the empty one.
+    """
+
+    allowed = "a mapping of LoRA names to mappings of at, share, steps, mask and base"
+    given_as = str
+
+    def check(self, value: Any) -> Frozen:
+        """The mapping with every part checked; raises `SettingsError`, which names the LoRA and its part."""
+        if isinstance(value, str):
+            return self.parse(value) if value.strip() else Frozen()
+        if not isinstance(value, Mapping) or not all(map(is_line, value)):
+            raise SettingsError(f"LoRAtorio: {self.name} must be {self.allowed}, got {shown(value)}")
+        return Frozen({name: Frozen(check_parts(name, parts)) for name, parts in value.items()})
+
+    def write(self, value: Mapping[str, Any]) -> str:
+        return json.dumps(value, ensure_ascii=False)
+
+    def parse(self, text: str) -> Frozen:
+        try:
+            value = json.loads(text, object_pairs_hook=without_repetition)
+            if not isinstance(value, Mapping):
+                raise ValueError("another kind of JSON")
+        except (TypeError, ValueError, RecursionError) as error:
+            raise SettingsError(f"LoRAtorio: {self.name} must be {self.allowed}, got {shown(text)}") from error
+        return self.check(value)
 
 
 LORATORIO = ("loratorio",)
@@ -339,9 +388,28 @@ OPTIONS = (
         group="Selection",
         methods=LORATORIO,
     ),
+    Claims(
+        "loras",
+        Frozen(),
+        "Where, when, how much",
+        "For LoRAs by name, what tags can say as well: at (left, right, top, bottom, centre, or x0-y0-x1-y1 in "
+        "fractions), share (a factor on its claim), steps (first-last in fractions), base (in every pass); and mask, a "
+        "picture in base64, white where it may act.",
+        group="Places",
+        methods=COMPOSING,
+    ),
+    Lines(
+        "everywhere",
+        (),
+        "Everywhere",
+        "LoRAs of the prompt or the pool that are no concept but a way of sampling (LCM, Lightning, sliders): names, "
+        "patterns or folders. They act in every pass, the bare model's too, and compete for nothing.",
+        group="Everywhere",
+        methods=COMPOSING,
+    ),
 )
 
-UNTOUCHED_BY_PRESETS = ("enabled", "pool", "pool_weight", "show_maps")
+UNTOUCHED_BY_PRESETS = ("enabled", "pool", "pool_weight", "show_maps", "loras", "everywhere")
 """What an image is made of and what is shown of it; presets say how it is composed."""
 
 OPTION = {option.name: option for option in OPTIONS}
@@ -365,12 +433,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"refresh": 1, "base_share": 1.0},
 }
 """Named starting points: the options a preset sets; options given beside it win."""
-
-
-def nearest_name(name: str, known: Iterable[str]) -> str:
-    """A hint at the known name closest to a wrong one, or nothing."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 class _Settings:

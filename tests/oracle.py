@@ -43,39 +43,60 @@ def patch_similarity(eps, eps_base, p):
     return out
 
 
+def patch_prior(place, p):
+    """[N,H,W] -> [N,h,w]: the mean over the pixels that a patch has."""
+    place = np.asarray(place, np.float64)
+    grid = boxes(*place.shape[1:], p)
+    out = np.empty((len(place), len(grid), len(grid[0])))
+    for i in range(len(place)):
+        for y, row in enumerate(grid):
+            for x, (top, bottom, left, right) in enumerate(row):
+                out[i, y, x] = place[i, top:bottom, left:right].sum() / ((bottom - top) * (right - left))
+    return out
+
+
 def kept(ranking, k):
     """The indices of the k lowest; of equals the first."""
     return sorted(range(len(ranking)), key=lambda i: (ranking[i], i))[:k]
 
 
-def top_k_mask(similarity, k, scope):
+def top_k_mask(similarity, k, scope, prior=None):
+    """``prior [N,h,w]``: where it is 0 a LoRA is no candidate, and an image's mean is weighted by it."""
     similarity = np.asarray(similarity, np.float64)
     n, b, h, w = similarity.shape
     k = k or n
+    prior = np.ones((n, h, w)) if prior is None else prior
     mask = np.zeros(similarity.shape, bool)
     for j in range(b):
-        means = [similarity[i, j].sum() / (h * w) for i in range(n)]
+        means = [(prior[i] * similarity[i, j]).sum() / prior[i].sum() if prior[i].any() else math.inf for i in range(n)]
         for y in range(h):
             for x in range(w):
-                ranking = means if scope == "image" else [similarity[i, j, y, x] for i in range(n)]
+                ranking = means
+                if scope == "patch":
+                    ranking = [similarity[i, j, y, x] if prior[i, y, x] > 0 else math.inf for i in range(n)]
                 for i in kept(ranking, k):
-                    mask[i, j, y, x] = True
+                    mask[i, j, y, x] = prior[i, y, x] > 0
     return mask
 
 
-def softmin_weights(similarity, temperature, top_k=None, scope="image", mask=None):
-    """``temperature``: a number, or one an image and patch (broadcastable to [B,h,w]); ``mask`` instead of top_k."""
+def softmin_weights(similarity, temperature, top_k=None, scope="image", mask=None, claim=None):
+    """``temperature``: a number, or one an image and patch (broadcastable to [B,h,w]); ``mask`` instead of top_k;
+    ``claim [N,h,w]``: a factor on everyone's exponential."""
     similarity = np.asarray(similarity, np.float64)
     n, b, h, w = similarity.shape
     tau = np.broadcast_to(np.asarray(temperature, np.float64), (b, h, w))
     mask = top_k_mask(similarity, top_k, scope) if mask is None else mask
+    claim = np.ones((n, h, w)) if claim is None else claim
     out = np.zeros_like(similarity)
     for j in range(b):
         for y in range(h):
             for x in range(w):
-                members = [i for i in range(n) if mask[i, j, y, x]]
-                lowest = min(similarity[i, j, y, x] for i in members)
-                e = {i: math.exp(-(similarity[i, j, y, x] - lowest) / tau[j, y, x]) for i in members}
+                members = [i for i in range(n) if mask[i, j, y, x] and claim[i, y, x] > 0]
+                if not members:
+                    continue
+                # Whatever is taken off all logits alike: here the largest, so that one exponential is 1.
+                logit = {i: math.log(claim[i, y, x]) - similarity[i, j, y, x] / tau[j, y, x] for i in members}
+                e = {i: math.exp(logit[i] - max(logit.values())) for i in members}
                 for i in members:
                     out[i, j, y, x] = e[i] / sum(e.values())
     return out
@@ -95,7 +116,7 @@ def relative_divergence(similarity, gamma):
 
 
 def adaptive_temperature(score, kappa, mask=None):
-    """[N,B,h,w] -> [B,1,1]; of the LoRAs that the mask leaves in."""
+    """[N,B,h,w] -> [B,1,1]; of the LoRAs that the mask leaves in, where it leaves several."""
     score = np.asarray(score, np.float64)
     mask = np.ones(score.shape, bool) if mask is None else mask
     n, b, h, w = score.shape
@@ -105,9 +126,12 @@ def adaptive_temperature(score, kappa, mask=None):
         for y in range(h):
             for x in range(w):
                 values = [score[i, j, y, x] for i in range(n) if mask[i, j, y, x]]
+                if len(values) < 2:
+                    continue
                 mean = sum(values) / len(values)
                 deviations.append(math.sqrt(sum((value - mean) ** 2 for value in values) / len(values)))
-        out[j] = max(kappa * sum(deviations) / len(deviations), SMALLEST_TEMPERATURE)
+        mean = sum(deviations) / len(deviations) if deviations else 0
+        out[j] = max(kappa * mean, SMALLEST_TEMPERATURE)
     return out
 
 
@@ -149,8 +173,8 @@ def upsample_bilinear(weights, size, p):
 UPSAMPLE = {"nearest": upsample_nearest, "bilinear": upsample_bilinear}
 
 
-def compose(predictions, weights):
-    """[N,B,C,H,W], [N,B,H,W] -> [B,C,H,W]."""
+def compose(predictions, weights, base=None):
+    """[N,B,C,H,W], [N,B,H,W] -> [B,C,H,W]; what the weights leave of 1 is that of ``base [B,C,H,W]``."""
     predictions, weights = np.asarray(predictions, np.float64), np.asarray(weights, np.float64)
     out = np.zeros(predictions.shape[1:])
     n, b, c = predictions.shape[:3]
@@ -158,6 +182,10 @@ def compose(predictions, weights):
         for j in range(b):
             for channel in range(c):
                 out[j, channel] += weights[i, j] * predictions[i, j, channel]
+    if base is not None:
+        for j in range(b):
+            for channel in range(c):
+                out[j, channel] += (1 - sum(weights[i, j] for i in range(n))) * np.asarray(base[j, channel], np.float64)
     return out
 
 
@@ -174,26 +202,44 @@ def guide(cond, uncond, image_of_row, row_weights, scale):
     return out
 
 
-def loratorio(eps, eps_base, cond, uncond, base_uncond, image_of_row, options, mask=None):
+def coverage(prior, mask):
+    """[R,h,w]: the priors [N,h,w] of those whom the mask [N,R,h,w] leaves in, added up, at most 1."""
+    n, rows, h, w = mask.shape
+    out = np.zeros((rows, h, w))
+    for i in range(n):
+        for j in range(rows):
+            out[j] += np.where(mask[i, j], prior[i], 0)
+    return np.minimum(out, 1)
+
+
+def loratorio(
+    eps, eps_base, cond, uncond, base_uncond, image_of_row, options, mask=None, place=None, share=None, base_cond=None
+):
     """Sections 1 to 4: (cond [R,C,H,W], uncond [B,C,H,W] or None, patch weights [N,R,h,w]).
 
-    ``mask [N,R,h,w]``: who takes part, where that was settled in an earlier step.
+    ``mask [N,R,h,w]``: who takes part, where that was settled in an earlier step. ``place [N,H,W]``: where everyone may
+    act, the rest is ``base_cond [R,C,H,W]`` and ``base_uncond``; ``share [N]``: a factor on everyone's claim.
     """
     p = options["patch_size"]
     similarity = patch_similarity(eps, eps_base, p)
+    n, _, h, w = similarity.shape
+    everywhere = place is None
+    prior = np.ones((n, h, w)) if everywhere else patch_prior(place, p)
+    share_of = np.ones(n) if share is None else np.asarray(share, np.float64)
     if mask is None:
-        mask = top_k_mask(similarity, options["top_k"], options["selection_scope"])
+        mask = top_k_mask(similarity, options["top_k"], options["selection_scope"], prior)
     score = -relative_divergence(similarity, options["relativity"])
     tau = options["temperature"]
     if options["temperature_mode"] == "adaptive":
         tau = adaptive_temperature(score, tau, mask)
-    weights = softmin_weights(score, tau, mask=mask)
+    claim = np.stack([share_of[i] * prior[i] for i in range(n)])
+    weights = softmin_weights(score, tau, mask=mask, claim=claim) * coverage(prior, mask)
     pixels = UPSAMPLE[options["upsampling"]](weights, np.shape(cond)[-2:], p)
-    composed = compose(cond, pixels)
+    composed = compose(cond, pixels, None if everywhere else base_cond)
     if base_uncond is None:
         return composed, None, weights
-    share = options["base_share"]
-    if share == 1:
+    base_share = options["base_share"]
+    if base_share == 1:
         return composed, np.asarray(base_uncond, np.float64), weights
     of_image = np.stack(
         [
@@ -202,12 +248,28 @@ def loratorio(eps, eps_base, cond, uncond, base_uncond, image_of_row, options, m
         ],
         axis=1,
     )
-    return composed, recenter(base_uncond, compose(uncond, of_image), share), weights
+    composed_uncond = compose(uncond, of_image, None if everywhere else base_uncond)
+    return composed, recenter(base_uncond, composed_uncond, base_share), weights
 
 
-def composite(predictions):
-    """[N,B,C,H,W] -> [B,C,H,W]: everyone's own prediction, averaged."""
-    return sum(np.asarray(predictions, np.float64)[i] for i in range(len(predictions))) / len(predictions)
+def composite(predictions, share=None, place=None, base=None):
+    """[N,B,C,H,W] -> [B,C,H,W]: everyone's own prediction, averaged; weighted by ``share [N]`` and ``place [N,H,W]``,
+    whose sum, at most 1, is how much of a pixel is the LoRAs' at all, the rest being that of ``base [B,C,H,W]``."""
+    predictions = np.asarray(predictions, np.float64)
+    share = np.ones(len(predictions)) if share is None else np.asarray(share, np.float64)
+    if place is None:
+        return sum(share[i] * predictions[i] for i in range(len(predictions))) / sum(share)
+    out = np.array(base, np.float64)
+    height, width = place.shape[1:]
+    for y in range(height):
+        for x in range(width):
+            claims = [share[i] * float(place[i, y, x]) for i in range(len(predictions))]
+            if sum(claims) == 0:
+                continue
+            mean = sum(claims[i] * predictions[i, :, :, y, x] for i in range(len(predictions))) / sum(claims)
+            covered = min(1, float(place[:, y, x].sum()))
+            out[:, :, y, x] = covered * mean + (1 - covered) * out[:, :, y, x]
+    return out
 
 
 def switch(step, every, n):
@@ -219,49 +281,65 @@ def switch(step, every, n):
 
 
 class Selection:
-    """Section 3 in every m-th step: between them everyone keeps the mask of the last selection."""
+    """Section 3 in every m-th step, and when a LoRA comes or goes: between them everyone keeps the mask of the last
+    selection."""
 
     def __init__(self, every):
-        self.every, self.steps, self.mask = every, 0, None
+        self.every, self.steps, self.mask, self.members = every, 0, None, None
 
-    def __call__(self, eps, eps_base, options):
-        """The mask [N,R,h,w] of this step. Of a full evaluation, only what the mask leaves in is to be used."""
-        if self.steps % self.every == 0:
+    def __call__(self, eps, eps_base, options, place=None, members=None):
+        """The mask [N,R,h,w] of this step. Of a full evaluation of the ``members`` (None: always the same ones), only
+        what the mask leaves in is to be used."""
+        if self.steps % self.every == 0 or members != self.members:
             similarity = patch_similarity(eps, eps_base, options["patch_size"])
-            self.mask = top_k_mask(similarity, options["top_k"], options["selection_scope"])
+            prior = None if place is None else patch_prior(place, options["patch_size"])
+            self.mask = top_k_mask(similarity, options["top_k"], options["selection_scope"], prior)
+        self.members = members
         self.steps += 1
         return self.mask
 
 
 class Reuse:
     """Section 5: a few LoRAs are fresh in a step; of the others the last known difference from the base is taken, and
-    grown by the square root of what it grew before. Unconditional rows are fresh in every other round of turns."""
+    grown by the square root of what it grew before. Unconditional rows are fresh in every other round of turns. Who was
+    no member in the step before is fresh, too, with them."""
 
     def __init__(self, refresh, warmup):
         self.refresh, self.warmup = refresh, warmup
-        self.steps, self.turn = 0, 0
+        self.steps, self.last, self.round, self.before = 0, -1, 0, None
         self.cond, self.uncond = {}, {}
 
-    def __call__(self, eps, eps_base, unconds, base_uncond, gain):
-        """What is known of every LoRA in this step: (eps [N,R,C,H,W], unconds [N,B,C,H,W]).
+    def __call__(self, eps, eps_base, unconds, base_uncond, gain, members=None):
+        """What is known of every member in this step: (eps [M,R,C,H,W], unconds [M,B,C,H,W]).
 
-        Given is what a full evaluation finds; of it only the fresh LoRAs' part is looked at.
+        Given is what a full evaluation of all LoRAs finds; of it only the fresh ones' part is looked at.
         """
         n, step = len(eps), self.steps
-        fresh, with_uncond = list(range(n)), True
-        if step >= self.warmup and self.refresh < n:
-            fresh = [(self.turn + i) % n for i in range(self.refresh)]
-            with_uncond = (self.turn // n) % 2 == 0
-            self.turn += self.refresh
+        members = list(range(n)) if members is None else list(members)
+        fresh, with_uncond = members, True
+        if step >= self.warmup and self.refresh < len(members):
+            fresh = [i for i in members if self.before is not None and i not in self.before]
+            with_uncond = bool(fresh)
+            known_ones = [i for i in members if i not in fresh]
+            turns = []
+            while len(fresh) < self.refresh and len(turns) < len(known_ones):
+                self.last += 1
+                if self.last == n:
+                    self.last, self.round = 0, self.round + 1
+                if self.last in known_ones:
+                    with_uncond = with_uncond or (not turns and self.round % 2 == 0)
+                    turns.append(self.last)
+                    fresh = [*fresh, self.last]
+        self.before = members
         self.steps += 1
         for i in fresh:
             self.learn(self.cond, i, step, np.asarray(eps[i] - eps_base, np.float64))
             if base_uncond is not None and with_uncond:
                 self.learn(self.uncond, i, step, np.asarray((unconds[i] - base_uncond) / gain, np.float64))
-        known = np.stack([eps_base + self.expected(self.cond, i, step) for i in range(n)])
+        known = np.stack([eps_base + self.expected(self.cond, i, step) for i in members])
         if base_uncond is None:
-            return known, unconds
-        return known, np.stack([base_uncond + gain * self.expected(self.uncond, i, step) for i in range(n)])
+            return known, None
+        return known, np.stack([base_uncond + gain * self.expected(self.uncond, i, step) for i in members])
 
     @staticmethod
     def learn(known, i, step, delta):

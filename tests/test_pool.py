@@ -1,5 +1,6 @@
 """A pool's entries: what they mean, what they never reach, and what is said of those that mean nothing."""
 
+import re
 from pathlib import PurePosixPath
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from loratorio_ext.errors import SettingsError
-from loratorio_ext.pool import Listed, folders, path_below, readings, resolve
+from loratorio_ext.pool import Listed, check_size, folders, path_below, readings, resolve
 
 
 def lora(path, alias="", file=""):
@@ -190,3 +191,35 @@ def test_folders_as_patterns():
     assert folders(HERE) == ["again/*", "odd/*", "people/*", "styles/*", "styles/old/*", "twice/*"]
     for folder in folders(HERE):
         assert paths(folder)
+
+
+class TestSize:
+    """Five LoRAs of 1, 2, 3, 4 and 100 KiB: four of a folder, and one by its name."""
+
+    LISTED = [Listed(f"s{size}", f"/s{size}", f"many/s{size}", size=size << 10) for size in (1, 2, 3, 4)]
+    LISTED += [Listed("big", "/big", "big", size=100 << 10)]
+
+    def members(self, *pool):
+        return resolve(pool, self.LISTED, 1.0)
+
+    @pytest.mark.parametrize("most_files, most_bytes", [(5, 110 << 10), (0, 0), (5, 0), (0, 110 << 10)])
+    def test_what_fits(self, most_files, most_bytes):
+        assert check_size(self.members("many/*", "big"), most_files, most_bytes) is None
+
+    @pytest.mark.parametrize(
+        "most_files, most_bytes, entry, count",
+        [(4, 0, "many/*", 4), (4, 110 << 10, "many/*", 4), (5, (110 << 10) - 1, "big", 1), (0, 1, "big", 1)],
+    )
+    def test_what_does_not(self, most_files, most_bytes, entry, count):
+        """The error names the entry that is most to blame, and says what there is and what may be."""
+        with pytest.raises(SettingsError, match=f"5 LoRAs.*'{re.escape(entry)}' brings {count} of.*name:0.*") as caught:
+            check_size(self.members("many/*", "big"), most_files, most_bytes)
+        assert caught.value.field == "pool" and caught.value.value == entry
+        for limit in filter(None, [most_files and f"at most {most_files} LoRAs", most_bytes and "GiB in all"]):
+            assert limit in caught.value.allowed and caught.value.allowed in str(caught.value)
+
+    def test_what_is_left_out_counts_for_nothing(self):
+        check_size(self.members("many/*", "s4:0", "big:0"), 3, 6 << 10)
+
+    def test_nothing(self):
+        check_size([], 1, 1)

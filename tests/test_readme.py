@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from loratorio_ext.settings import OPTIONS, Lines
+from loratorio_ext.settings import OPTIONS, Claims, Lines
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -13,7 +13,7 @@ def row(option) -> str:
     """An option's line in the README's table."""
     if option.kind is bool:
         return f"| `{option.name}` | {str(option.default).lower()} | true, false | {option.help} |"
-    if isinstance(option, Lines):
+    if isinstance(option, (Lines, Claims)):
         return f"| `{option.name}` | {option.write(option.default)} | {option.allowed} | {option.help} |"
     allowed = ", ".join(option.choices) or f"{option.low:g} to {option.high:g}"
     return f"| `{option.name}` | {option.default} | {allowed} | {option.help} |"

@@ -181,6 +181,37 @@ def test_another_number_of_loras_is_selected_anew():
     assert len(method.plan(2, 4).isolated) == 4
 
 
+MEMBERS = [(0, 1, 2, 4), (0, 1, 2, 4), (0, 1, 2, 3, 4), (1, 3), (1, 3), (), (1, 2, 3), (0, 2, 4), (0, 2, 4)]
+
+
+@pytest.mark.parametrize("scope", ["image", "patch"])
+@pytest.mark.parametrize("every", [2, 10])
+def test_loras_that_come_and_go_are_selected_anew(scope, every):
+    chosen = options(selection_scope=scope)
+    method, selection = Reselection(LoRAtorio(**chosen), every), oracle.Selection(every)
+    before = None
+    for number, members in enumerate(MEMBERS):
+        full = step(5, (0, 1), number)
+        plan = method.plan(number, 5, members)
+        assert plan.members == members
+        if members != before or number % every == 0:
+            assert plan.isolated == members
+        before = members
+        composed = method.combine(only(full, plan))
+        if not members:
+            assert torch.equal(composed.cond, full.host_cond) and torch.equal(composed.uncond, full.host_uncond)
+            selection.members, selection.steps = members, selection.steps + 1
+            continue
+        group = list(members)
+        eps, cond, uncond = (each[group].numpy() for each in (full.eps, full.cond, full.uncond))
+        mask = selection(eps, full.eps_base.numpy(), chosen, members=members)
+        wanted = oracle.loratorio(
+            eps, full.eps_base.numpy(), cond, uncond, full.host_uncond.numpy(), (0, 1), chosen, mask
+        )
+        for found, value in zip((composed.cond, composed.uncond, composed.weights), wanted):
+            np.testing.assert_allclose(found, value, atol=2e-3)
+
+
 def test_base_only_guidance_needs_no_unconditional_rows():
     method = Reselection(LoRAtorio(**options(base_share=1.0)), 2)
     full = step(4, (0,), 1)

@@ -193,3 +193,66 @@ def test_settings_choose_it():
     assert isinstance(method_from(Settings(refresh=2)), InTurn)
     assert isinstance(method_from(Settings()), LoRAtorio)
     assert method_from(Settings(refresh=2)) is not method_from(Settings(refresh=2))
+
+
+def of(full: Predictions, members) -> Predictions:
+    """What is said of these LoRAs."""
+    members = list(members)
+    return replace(full, cond=full.cond[members], eps=full.eps[members], uncond=full.uncond[members])
+
+
+COMING_AND_GOING = [(0, 1, 2), (0, 1, 2), (0, 1, 2, 3), (0, 1, 2, 3), (1, 3), (1, 3), (), (0, 1, 2, 3), (0, 2), (2, 3)]
+
+
+@pytest.mark.parametrize("refresh, warmup", [(1, 0), (1, 2), (2, 1), (3, 0)])
+def test_loras_that_come_and_go_agree_with_the_oracle(refresh, warmup):
+    world, method, reuse = World(drift=0.2), InTurn(METHOD, refresh, warmup), oracle.Reuse(refresh, warmup)
+    options = {**vars(METHOD), "base_share": METHOD.base_share}
+    for step, members in enumerate([*COMING_AND_GOING, *COMING_AND_GOING]):
+        full = world.step(2.0)
+        plan = method.plan(step, N, members)
+        assert plan.members == members and set(plan.isolated) <= set(members)
+        composed = method.combine(only(full, plan))
+        base, base_uncond = full.eps_base.numpy(), full.host_uncond.numpy()
+        if not members:
+            reuse.before, reuse.steps = [], reuse.steps + 1
+            assert torch.equal(composed.cond, full.host_cond) and torch.equal(composed.uncond, full.host_uncond)
+            continue
+        eps, unconds = reuse(full.eps.numpy(), base, full.uncond.numpy(), base_uncond, -2.0, members)
+        cond = full.host_cond.numpy() - 2.0 * (eps - base)
+        expected = oracle.loratorio(eps, base, cond, unconds, base_uncond, IMAGE_OF_ROW, options)
+        for found, wanted in zip((composed.cond, composed.uncond, composed.weights), expected):
+            np.testing.assert_allclose(found.numpy(), wanted, rtol=2e-4, atol=2e-5)
+
+
+def test_a_lora_that_comes_is_evaluated_at_once_and_whole():
+    """Not as the base model until its turn, nor as it was before it left."""
+    world, method = World(drift=0.1), InTurn(METHOD, refresh=1, warmup=0)
+    for step, members in enumerate([(0, 1, 2), (0, 1, 2), (0, 1, 2, 3), (0, 2, 3), (0, 1, 2, 3), (0, 1, 2, 3)]):
+        full = world.step(1.0)
+        plan = method.plan(step, N, members)
+        method.combine(only(full, plan))
+        if step in (2, 4):
+            newcomer = 3 if step == 2 else 1
+            assert plan.isolated == (newcomer,) and plan.uncond
+            torch.testing.assert_close(method.cond[newcomer].delta, full.eps[newcomer] - full.eps_base)
+            torch.testing.assert_close(method.uncond[newcomer].delta, full.host_uncond - full.uncond[newcomer])
+    assert plan.isolated == (3,), "turns go on where they were: 0, 1, (3 comes), 2, (1 comes), 3"
+
+
+def test_a_lora_that_came_in_a_step_that_was_broken_off_is_still_new():
+    world, method = World(), InTurn(METHOD, refresh=1, warmup=0)
+    method.combine(only(world.step(1.0), method.plan(0, N, (0, 1))))
+    assert method.plan(1, N, (0, 1, 3)).isolated == (3,)
+    assert method.plan(2, N, (0, 1, 3)).isolated == (3,)
+
+
+def test_with_few_enough_members_all_are_fresh():
+    world, method = World(drift=0.1), InTurn(METHOD, refresh=2, warmup=0)
+    for step, members in enumerate([(0, 1, 2, 3), (1, 3), (1, 3), (2,)]):
+        full = world.step(1.0)
+        plan = method.plan(step, N, members)
+        composed = method.combine(only(full, plan))
+        if step:
+            assert plan.isolated == members
+            torch.testing.assert_close(composed.cond, METHOD.combine(of(full, members)).cond)

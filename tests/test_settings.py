@@ -1,7 +1,9 @@
 """The table of options: what is let in, what is refused and in which words, and what survives a round trip."""
 
+import base64
 import copy
 import dataclasses
+import io
 import json
 import math
 import pickle
@@ -14,11 +16,22 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
-from loratorio_ext import core
+from loratorio_ext import core, masks
 from loratorio_ext.errors import LoRAtorioError, SettingsError
 from loratorio_ext.infotext import quote
-from loratorio_ext.settings import OPTION, OPTIONS, PRESETS, UNTOUCHED_BY_PRESETS, Lines, Option, Settings
+from loratorio_ext.settings import (
+    OPTION,
+    OPTIONS,
+    PRESETS,
+    UNTOUCHED_BY_PRESETS,
+    Claims,
+    Frozen,
+    Lines,
+    Option,
+    Settings,
+)
 
 NUMBERS = [option for option in OPTIONS if option.kind in (int, float)]
 WHOLE = [option for option in OPTIONS if option.kind is int]
@@ -34,7 +47,29 @@ LINE = st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp")), min_s
 """Text of one line, with all that separates names, weights and parameters from each other."""
 
 
+def picture(size=(3, 2), grey=200, mode="L", **saved):
+    """A picture in base64."""
+    file = io.BytesIO()
+    Image.new(mode, size, grey).save(file, saved.pop("format", "PNG"), **saved)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+FRACTIONS = st.integers(0, 1000).map(lambda n: n / 1000)
+CLAIM = st.fixed_dictionaries(
+    {},
+    optional={
+        "at": st.sampled_from(["left", "right", "top", "bottom", "centre", "0-0.25-0.5-1", "0.001-0-1-0.5"]),
+        "share": st.floats(0.01, 100),
+        "steps": st.tuples(FRACTIONS, FRACTIONS).filter(lambda s: s[0] < s[1]).map(lambda s: f"{s[0]:g}-{s[1]:g}"),
+        "mask": st.just(masks.kept(picture())),
+        "base": st.booleans(),
+    },
+)
+
+
 def valid_value(option):
+    if isinstance(option, Claims):
+        return st.dictionaries(LINE, CLAIM.map(Frozen), max_size=3).map(Frozen)
     if isinstance(option, Lines):
         return st.lists(LINE, max_size=4).map(tuple)
     if option.kind is bool:
@@ -161,6 +196,12 @@ class TestValues:
     def test_junk_is_refused_by_name_value_and_range(self, option, value):
         if isinstance(option, Lines) and isinstance(value, list) and not value:
             return
+        if isinstance(option, Claims) and (value == {} or isinstance(value, str) and not value.strip()):
+            assert option.check(value) == {}
+            return
+        if isinstance(option, Claims) and isinstance(value, dict):
+            assert "loras.value must be a mapping of at, share, steps, mask, base, got 1" in refuses(option, value)
+            return
         message = refuses(option, value)
         assert message.startswith(f"LoRAtorio: {option.name} must be {option.allowed}, got ")
         assert len(message) < 300, "a huge value is not repeated in full"
@@ -243,6 +284,88 @@ class TestValues:
     def test_lists_of_anything_but_lines(self, option, value):
         message = refuses(option, value)
         assert message.startswith(f"LoRAtorio: {option.name} must be a list of text, got ") and len(message) < 300
+
+    @named("text", ["", "  ", "{}", " {}\n"])
+    def test_claims_of_nobody(self, text):
+        assert Settings(loras=text) == Settings() and type(Settings(loras=text).loras) is Frozen
+
+    def test_claims_come_in_one_spelling(self):
+        given = {"knight": {"at": " Center ", "share": 2, "steps": "0-.50"}, 'a:b, "c"': {"at": "0.-.1-0.5-1.0"}}
+        said = {
+            "knight": {"at": "centre", "share": 2.0, "steps": "0-0.5"},
+            'a:b, "c"': {"at": "0-0.1-0.5-1"},
+        }
+        assert Settings(loras=given).loras == said
+        assert Settings(loras=json.dumps(given)) == Settings(loras=given) == Settings(loras=said)
+        assert type(Settings(loras=given).loras["knight"]["share"]) is float
+
+    def test_claims_do_not_change(self):
+        given = {"knight": {"share": 2}}
+        settings = Settings(loras=given)
+        given["knight"]["share"] = 3
+        assert settings.loras == {"knight": {"share": 2.0}} and hash(settings) == hash(Settings(loras=settings.loras))
+        for change in (
+            lambda loras: loras.update(a={}),
+            lambda loras: loras["knight"].__setitem__("share", 3),
+            lambda loras: loras.pop("knight"),
+            lambda loras: loras.__ior__({"a": {}}),
+            lambda loras: loras.setdefault("b", {}),
+        ):
+            with pytest.raises(TypeError):
+                change(settings.loras)
+        assert pickle.loads(pickle.dumps(settings)) == copy.deepcopy(settings) == settings
+
+    @named(
+        "claim, named, allowed",
+        [
+            ({"at": "lft"}, "loras.a.at", "did you mean left?"),
+            ({"at": "0.5-0-0.5-1"}, "loras.a.at", "x0-y0-x1-y1"),
+            ({"at": "0-0-1-1.5"}, "loras.a.at", "x0-y0-x1-y1"),
+            ({"at": "0-0-1"}, "loras.a.at", "left, right, top, bottom, centre"),
+            ({"at": "-1-0-1-1"}, "loras.a.at", "x0-y0-x1-y1"),
+            ({"at": "0-0-1e-1-1"}, "loras.a.at", "x0-y0-x1-y1"),
+            ({"at": "\u0660-0-1-1"}, "loras.a.at", "x0-y0-x1-y1"),
+            ({"at": ["left"]}, "loras.a.at", "left, right"),
+            ({"at": None}, "loras.a.at", "left, right"),
+            ({"share": 0}, "loras.a.share", "from 0.01 to 100"),
+            ({"share": -1}, "loras.a.share", "from 0.01 to 100"),
+            ({"share": 101}, "loras.a.share", "from 0.01 to 100"),
+            ({"share": "2"}, "loras.a.share", "from 0.01 to 100"),
+            ({"share": True}, "loras.a.share", "from 0.01 to 100"),
+            ({"share": math.nan}, "loras.a.share", "from 0.01 to 100"),
+            ({"share": 10**5000}, "loras.a.share", "from 0.01 to 100"),
+            ({"steps": "0.5-0.5"}, "loras.a.steps", "the first below the last"),
+            ({"steps": "0.5"}, "loras.a.steps", "first-last"),
+            ({"steps": "0-2"}, "loras.a.steps", "from 0 to 1"),
+            ({"steps": [0, 0.5]}, "loras.a.steps", "first-last"),
+            ({"base": 1}, "loras.a.base", "true or false"),
+            ({"base": "true"}, "loras.a.base", "true or false"),
+            ({"mask": ""}, "loras.a.mask", "PNG or JPEG"),
+            ({"mask": 7}, "loras.a.mask", "PNG or JPEG"),
+            ({"plcae": "left"}, "'plcae'", "parts: at, share, steps, mask, base"),
+            ({"shares": 2}, "'shares'", "did you mean share?"),
+            ({3: 2}, "loras.a has no part 3", "parts: at"),
+            ([], "loras.a", "a mapping of at, share, steps, mask, base"),
+            (None, "loras.a", "a mapping of at"),
+            ("left", "loras.a", "a mapping of at"),
+        ],
+    )
+    def test_bad_claims_are_refused_by_lora_part_value_and_range(self, claim, named, allowed):
+        message = refuses(OPTION["loras"], {"good": {"at": "left"}, "a": claim})
+        assert named in message and allowed in message and len(message) < 400
+
+    @named("name", ["", " ", "a\nb", "\x00", "\ud800", None, 3, ("a",)], ids=ascii)
+    def test_what_is_no_name_claims_nothing(self, name):
+        assert "loras must be a mapping of LoRA names to mappings" in refuses(OPTION["loras"], {name: {"at": "left"}})
+
+    def test_a_long_name_is_shortened_in_messages(self):
+        assert len(refuses(OPTION["loras"], {"x" * 10_000: {"at": "y" * 10_000}})) < 400
+
+    @named("text", ['{"a": {}, "a": {}}', '{"a": {"at": "left", "at": "right"}}', '{"a": {"at": "left"}', "[]", "null",
+                    '"left"', "[" * 100_000, '{"\\ud800": {}}', "{" * 5], ids=lambda t: t[:12])  # fmt: skip
+    def test_text_that_is_no_mapping(self, text):
+        message = refuses(OPTION["loras"], text)
+        assert message.startswith("LoRAtorio: loras must be a mapping") and len(message) < 300
 
     def test_lists_stay_in_order_and_do_not_change_with_the_callers(self):
         given = ["b", "a", "b"]
@@ -347,6 +470,8 @@ class TestArgs:
         0.5,
         3,
         True,
+        Frozen(knight=Frozen(at="left", share=2.0), city=Frozen(steps="0-0.5")),
+        ("lcm", "*slider*"),
     ]
 
     def test_the_examples_differ_from_the_defaults(self):
@@ -423,6 +548,18 @@ class TestInfotext:
         found = re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', line)
         read = {key: json.loads(value) if value[:1] == value[-1:] == '"' else value for key, value in found}
         assert Settings.from_infotext(read).pool == tuple(names)
+
+    @given(st.dictionaries(LINE, CLAIM, min_size=1, max_size=3))
+    def test_claims_survive_the_webuis_own_text(self, loras):
+        written = Settings(enabled=True, loras=loras).to_infotext()
+        line = ", ".join(f"{key}: {quote(value)}" for key, value in {"Steps": 20, **written, "Version": "1"}.items())
+        found = re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', line)
+        read = {key: json.loads(value) if value[:1] == value[-1:] == '"' else value for key, value in found}
+        assert Settings.from_infotext(read) == Settings(enabled=True, loras=loras)
+
+    def test_claims_as_they_stand_in_an_infotext(self):
+        written = Settings(enabled=True, loras={"a": {"at": "left"}}, everywhere=["lcm"]).to_infotext()
+        assert written["LoRAtorio loras"] == '{"a": {"at": "left"}}' and written["LoRAtorio everywhere"] == '["lcm"]'
 
     def test_a_list_as_it_stands_in_an_infotext(self):
         pool = ["robot", "styles/*:0.6", 'a "b", c;d']

@@ -103,6 +103,11 @@ def mean_over_rows(weights: Tensor, image_of_row: tuple[int, ...], images: int) 
     return summed.index_add(1, rows, weights) / rows.bincount(minlength=images).view(-1, 1, 1)
 
 
+def coverage(place: Tensor) -> Tensor:
+    """How much of a pixel or patch is the LoRAs' at all, the rest being the base model's: ``[N, ...] -> [...]``."""
+    return place.sum(dim=0).clamp(max=1)
+
+
 @dataclass(frozen=True)
 class LoRAtorio:
     """Patch-wise SoftMin of similarity to the base model, and guidance re-centred on it (paper; `temperature_mode`
@@ -151,8 +156,9 @@ class LoRAtorio:
         Who is left out takes no part in anything: the adaptive temperature, too, is that of the ``chosen``.
 
         With ``place [N, H, W]`` and ``share [N]`` (see `Predictions`) a weight is proportional to
-        ``prior * share * exp(-score / temperature)``, and the weights of a patch add up to its coverage, the largest
-        prior among the chosen. The rest is the base model's.
+        ``prior * share * exp(-score / temperature)``, and the weights of a patch add up to its coverage: the sum of the
+        priors of the chosen, at most 1. So a LoRA alone has its prior as weight, halves with soft edges that meet leave
+        no gap between them, and the rest is the base model's.
         """
         similarity = patch_similarity(eps, eps_base, self.patch_size)
         prior = self.prior(place)
@@ -168,7 +174,7 @@ class LoRAtorio:
         if chosen is not None:
             log_claim = log_claim.masked_fill(~chosen, -torch.inf)
         weights = softmin_weights(score, temperature, log_claim=log_claim)
-        return weights if prior is None else weights * (prior * chosen).amax(dim=0)
+        return weights if prior is None else weights * coverage(prior * chosen)
 
     def combine(self, predictions: Predictions) -> ComposedStep:
         """With ``place``, what the weights leave of a pixel is the base model's."""
@@ -189,11 +195,10 @@ class LoRAtorio:
 
 
 def mean_weights(place: Tensor, share: Tensor | None) -> Tensor:
-    """Weights of a mean over LoRAs, ``[N, H, W]``: proportional to place and share, they add up to the largest place of
-    a pixel."""
+    """Weights of a mean over LoRAs, ``[N, H, W]``: proportional to place and share, they add up to the coverage."""
     claim = place.float() if share is None else place.float() * share.float().view(-1, 1, 1)
     total = claim.sum(dim=0)
-    return claim / torch.where(total == 0, torch.ones_like(total), total) * place.float().amax(dim=0)
+    return claim / torch.where(total == 0, torch.ones_like(total), total) * coverage(place.float())
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from shutil import copyfile
 
 import numpy as np
 import pytest
@@ -263,7 +264,7 @@ def test_the_pools_menu(webui):
 def test_a_pool_typed_by_hand_and_presets(webui):
     ui, gradio = webui.module("loratorio_ext.ui"), webui.module("gradio")
     settings = webui.module("loratorio_ext.settings")
-    pool, (_, line, _) = ui.pool_inputs(settings.OPTION["pool"], "pool")
+    pool, (_, line, _) = ui.menu_inputs(settings.OPTION["pool"], "pool")
     add = line.listeners["submit"]
     assert add(" lora:0.8 ", None)[0]["value"] == ["lora:0.8"]
     update, emptied = add("rank*", ["lora", "rank*"])
@@ -276,6 +277,40 @@ def test_a_pool_typed_by_hand_and_presets(webui):
     assert isinstance(by_name["pool"], gradio.Dropdown) and by_name["pool"].value == []
     assert isinstance(by_name["show_maps"], gradio.Checkbox)
     assert settings.Settings.from_args([component.value for component in components]) == settings.Settings()
+
+
+def test_the_panel_proposes_loras_for_every_pass(webui):
+    ui, settings = webui.module("loratorio_ext.ui"), webui.module("loratorio_ext.settings")
+    folder = webui.data / "models" / "Lora"
+    names = ["speed/lcm-lora-8steps", "zz<b>_slider"]
+    (folder / "speed").mkdir()
+    for name in names:
+        copyfile(folder / "lora.safetensors", folder / f"{name}.safetensors")
+    try:
+        webui.module("networks").list_available_networks()
+        menu, (_, line, words) = ui.menu_inputs(settings.OPTION["everywhere"], "everywhere")
+        assert menu.properties["choices"][:2] == names and {"lora", "speed/*"} <= set(menu.properties["choices"])
+        assert "<b>speed/lcm-lora-8steps</b>" in words.value and "zz&lt;b&gt;_slider" in words.value
+        assert names[0] not in menu.listeners["change"]([names[0]]) and menu.listeners["change"](names) == ""
+        assert line.listeners["submit"](" *turbo* ", [names[0]])[0]["value"] == [names[0], "*turbo*"]
+    finally:
+        for name in names:
+            (folder / f"{name}.safetensors").unlink()
+        (folder / "speed").rmdir()
+        webui.module("networks").list_available_networks()
+
+
+def test_claims_are_text_in_the_panel_and_when_pasted(webui):
+    ui, settings = webui.module("loratorio_ext.ui"), webui.module("loratorio_ext.settings")
+    components, pasted = ui.build_ui("txt2img")
+    by_name = dict(zip(settings.OPTION, components))
+    assert isinstance(by_name["loras"], webui.module("gradio").Textbox) and by_name["loras"].value == ""
+    said = settings.Settings(enabled=True, loras=by_name["loras"].properties["placeholder"], everywhere=["lcm"])
+    assert said.loras["knight"] == {"at": "left", "share": 2.0}
+    values = [read(said.to_infotext()) for _, read in pasted]
+    assert isinstance(values[list(settings.OPTION).index("loras")], str)
+    assert settings.Settings.from_args(values) == said
+    assert dict(pasted)[by_name["loras"]]({}) == ""
 
 
 def test_embeddings_in_a_pools_files_are_known_to_their_own_lora_alone(webui, plain):

@@ -1,0 +1,170 @@
+"""Where, when and how much each LoRA of an image may act, and which of them are in every pass.
+
+A claim comes from the LoRA's tag in the prompt, else from the option ``loras``; that it is in every pass may be said by
+the option ``everywhere``, too. Importing this module needs no host.
+"""
+
+import io
+from base64 import b64decode
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from loratorio_ext.errors import SettingsError
+from loratorio_ext.parts import Box, box_of, parts_of_tag, span_of, tag_text
+from loratorio_ext.pool import Listed, matching
+
+SOFTNESS = 0.1
+"""Of the image's side: so wide is an edge of a place, centred on where the place ends. At the image's border there is
+none."""
+
+
+def ramp(size: int, first: float, last: float) -> Tensor:
+    """How far the centre of each of ``size`` pixels lies between two fractions of the side: ``[size]`` in [0, 1]."""
+    pixel = (torch.arange(size, dtype=torch.float64) + 0.5) / size
+    rise = torch.ones_like(pixel) if first <= 0 else ((pixel - first) / SOFTNESS + 0.5).clamp(0, 1)
+    fall = torch.ones_like(pixel) if last >= 1 else ((last - pixel) / SOFTNESS + 0.5).clamp(0, 1)
+    return rise * fall
+
+
+def box_place(box: Box, height: int, width: int) -> Tensor:
+    """A rectangle with soft edges, ``[H, W]`` in [0, 1]. Places that share an edge add up to 1 across it."""
+    left, top, right, bottom = box
+    return (ramp(height, top, bottom)[:, None] * ramp(width, left, right)).float()
+
+
+def mask_place(mask: str, height: int, width: int) -> Tensor:
+    """A mask, as `masks` keeps it, stretched over the image: ``[H, W]`` in [0, 1], each pixel the mean of the mask's
+    pixels in it."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(b64decode(mask))) as image:
+        grey = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width)
+    return F.interpolate(grey[None, None].float() / 255, (height, width), mode="area")[0, 0]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A LoRA's claim to the image: at first that of every LoRA of the method, everywhere and always.
+
+    ``at``: edges of the place where it may act, left, top, right, bottom in fractions of the image. ``share``: a factor
+    on its claim. ``steps``: the fractions of the steps between which it takes part. ``mask``: where it may act, in the
+    form of `masks`; with a place, where both say so. ``base``: it is in every pass, and claims nothing.
+    """
+
+    at: Box | None = None
+    share: float = 1.0
+    steps: tuple[float, float] = (0.0, 1.0)
+    mask: str | None = None
+    base: bool = False
+
+    @classmethod
+    def of(cls, parts: Mapping[str, Any]) -> "Claim":
+        """The claim that checked parts (see `parts`) say."""
+        readings = {"at": box_of, "steps": span_of}
+        return cls(**{name: readings.get(name, lambda value: value)(value) for name, value in parts.items()})
+
+    @property
+    def placed(self) -> bool:
+        """Whether it is less than the whole image."""
+        return self.at is not None or self.mask is not None
+
+    def place(self, height: int, width: int) -> Tensor | None:
+        """Where the LoRA may act in an image of so many latent pixels, ``[H, W]`` in [0, 1]; None: everywhere."""
+        places = [] if self.at is None else [box_place(self.at, height, width)]
+        places += [] if self.mask is None else [mask_place(self.mask, height, width)]
+        return torch.stack(places).prod(dim=0) if places else None
+
+    def acts_at(self, progress: float) -> bool:
+        """Whether the LoRA takes part when the share ``progress`` of the steps is done: from the first fraction up to
+        the last."""
+        first, last = self.steps
+        return first <= progress and (progress < last or last == 1)
+
+
+def place_of(claims: Iterable[Claim], height: int, width: int) -> Tensor | None:
+    """Where each of several LoRAs may act, ``[N, H, W]``; None: all of them everywhere."""
+    places = [claim.place(height, width) for claim in claims]
+    if all(place is None for place in places):
+        return None
+    return torch.stack([torch.ones(height, width) if place is None else place for place in places])
+
+
+def share_of(claims: Iterable[Claim]) -> Tensor | None:
+    """The factors on several LoRAs' claims, ``[N]``; None: 1 for all of them."""
+    shares = [claim.share for claim in claims]
+    return None if all(share == 1 for share in shares) else torch.tensor(shares)
+
+
+# --- from tags and options --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tagged:
+    """A LoRA that is active in an image. ``items``: what its tag holds after ``lora:``, split at the colons; none for
+    the LoRAs of a pool."""
+
+    lora: Listed
+    items: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Claims:
+    """``each``: the active LoRAs' claims, in their order. ``unused``: what the options ``loras`` and ``everywhere``
+    name that no active LoRA is."""
+
+    each: tuple[Claim, ...]
+    unused: tuple[str, ...] = ()
+
+
+def meant(entry: str, listed: Sequence[Listed]) -> list[Listed]:
+    """The LoRAs of this very path, else name, else alias, else those that match, as an entry of the pool is read."""
+    for kind in ("path", "name", "alias"):
+        found = [lora for lora in listed if getattr(lora, kind) == entry]
+        if found:
+            return found
+    return matching(entry, listed)
+
+
+def option_parts(loras: Mapping[str, Mapping[str, Any]], active: Sequence[Listed]) -> dict[str, tuple[str, Mapping]]:
+    """By file, the entry of the option ``loras`` that means an active LoRA: its name there, and its parts."""
+    found: dict[str, tuple[str, Mapping]] = {}
+    for name, parts in loras.items():
+        for lora in meant(name, active):
+            if lora.file in found:
+                other, _ = found[lora.file]
+                raise SettingsError(f"LoRAtorio: loras.{other} and loras.{name} are the same LoRA ({lora.path})")
+            found[lora.file] = name, parts
+    return found
+
+
+def claims_of(settings: Any, tagged: Sequence[Tagged]) -> Claims:
+    """The active LoRAs' claims by their tags and the options ``loras`` and ``everywhere`` of ``settings``.
+
+    Raises `SettingsError` for a part that is not allowed, which names it, and for a LoRA in every pass that is given a
+    place, a share or steps of its own.
+    """
+    active = [each.lora for each in tagged]
+    by_option = option_parts(settings.loras, active)
+    in_every_pass = {lora.file: entry for entry in settings.everywhere for lora in meant(entry, active)}
+    claims = []
+    for each in tagged:
+        name, parts = by_option.get(each.lora.file, ("", {}))
+        in_tag = parts_of_tag(each.items)
+        said = {**parts, **in_tag}
+        base = said.pop("base", each.lora.file in in_every_pass)
+        if base and said:
+            part = next(iter(said))
+            where = tag_text(each.items) if part in in_tag else f"loras.{name}"
+            raise SettingsError(
+                f"LoRAtorio: {where} says {part} of a LoRA that is in every pass, where it shares nothing; leave out "
+                f"{part}, or what puts it into every pass (base, or everywhere)"
+            )
+        claims.append(Claim.of({**said, "base": base}))
+    unused = [f"loras.{name}" for name in settings.loras if not meant(name, active)]
+    unused += [f"everywhere: {entry}" for entry in settings.everywhere if not meant(entry, active)]
+    return Claims(tuple(claims), tuple(unused))

@@ -1,0 +1,431 @@
+"""Claims: what tags and options say of where, when and how much a LoRA may act, and what is refused in which words."""
+
+import base64
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from PIL import Image
+
+from loratorio_ext import masks
+from loratorio_ext.claims import Claim, Claims, Tagged, claims_of, place_of, share_of
+from loratorio_ext.errors import SettingsError
+from loratorio_ext.parts import OTHERS, PARTS, PLACES, box_of, check_at, check_steps, is_slip, parts_of_tag
+from loratorio_ext.pool import Listed
+from loratorio_ext.settings import Settings
+
+HERE = Path(__file__).parents[1]
+sizes = st.integers(1, 40)
+
+
+def lora(path, alias=""):
+    return Listed(path.rpartition("/")[2], f"/loras/{path}.safetensors", path, alias)
+
+
+def tagged(text, path="", alias=""):
+    """An active LoRA by the inside of its tag."""
+    items = tuple(text.split(":"))
+    return Tagged(lora(path or items[0], alias), items)
+
+
+def claims(*tags, **options):
+    return claims_of(Settings(**options), [tagged(tag) if isinstance(tag, str) else tag for tag in tags])
+
+
+def refuses(*tags, **options):
+    with pytest.raises(SettingsError) as caught:
+        claims(*tags, **options)
+    return str(caught.value)
+
+
+def base64_of(image, format="PNG", **saved):
+    file = io.BytesIO()
+    image.save(file, format, **saved)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def mask_of(pixels, mode="L", **saved):
+    """A picture of these pixels (uint8 ``[h, w]`` or ``[h, w, channels]``) in base64."""
+    return base64_of(Image.fromarray(np.asarray(pixels, np.uint8), mode), **saved)
+
+
+def kept_pixels(text):
+    with Image.open(io.BytesIO(base64.b64decode(masks.kept(text)))) as image:
+        assert image.mode == "L" and image.format == "PNG"
+        return np.asarray(image)
+
+
+@pytest.mark.parametrize("module", ["settings", "parts", "masks", "claims", "sampling_loras"])
+def test_import_needs_no_host_no_pillow_and_only_claims_torch(module):
+    program = f"import sys, loratorio_ext.{module}; sys.exit('PIL' in sys.modules or 'modules' in sys.modules "
+    program += ")" if module == "claims" else "or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=HERE).returncode == 0
+
+
+class TestTags:
+    @pytest.mark.parametrize(
+        "tag, said",
+        [
+            ("knight", {}),
+            ("knight:0.8", {}),
+            ("knight:0.8:at=left", {"at": "left"}),
+            ("knight:0.8:0.5:at=Right:share=2", {"at": "right", "share": 2.0}),
+            ("knight:at=center", {"at": "centre"}),
+            ("knight:at=0.1-.2-0.50-1.", {"at": "0.1-0.2-0.5-1"}),
+            ("knight: at = 0-0-1-0.25 ", {"at": "0-0-1-0.25"}),
+            ("knight:te=0.5:unet=1:dyn=4:steps=0.25-1", {"steps": "0.25-1"}),
+            ("knight:share=.5:base=0", {"share": 0.5, "base": False}),
+            ("lcm:1:base=1", {"base": True}),
+        ],
+    )
+    def test_what_tags_say(self, tag, said):
+        assert parts_of_tag(tag.split(":")) == said
+
+    @pytest.mark.parametrize("name", sorted(OTHERS))
+    def test_the_hosts_and_others_parts_are_passed_over(self, name):
+        assert parts_of_tag(["knight", "1", f"{name}=0.5,2"]) == {}
+
+    @pytest.mark.parametrize(
+        "part",
+        ["lbw=ALL", "lbw=1,0,0,0,1", "start=4", "stop=9", "step=0-10", "0,1@0.5", "a@0", "lctl=1", "bass", "x=y=z"],
+    )
+    def test_and_so_are_unknown_ones(self, part):
+        assert parts_of_tag(["knight", "1", part]) == {}
+
+    @pytest.mark.parametrize(
+        "part, meant",
+        [
+            ("shrae=2", "share"),
+            ("shar=2", "share"),
+            ("shares=2", "share"),
+            ("Share=2", "share"),
+            ("stesp=0-1", "steps"),
+            ("stepps=0-1", "steps"),
+            ("STEPS=0-1", "steps"),
+            ("bsae=1", "base"),
+            ("AT=left", "at"),
+        ],
+    )
+    def test_slips_are_named(self, part, meant):
+        message = refuses(f"knight:0.8:{part}")
+        assert f"<lora:knight:0.8:{part}>" in message and f"did you mean {meant}?" in message
+
+    @given(st.sampled_from(["share", "steps", "base"]), st.data())
+    def test_every_single_slip_is_seen(self, name, data):
+        at = data.draw(st.integers(0, len(name) - 1))
+        letter = data.draw(st.sampled_from("abcdefghijklmnopqrstuvwxyz"))
+        swapped = name[:at] + name[at + 1 : at + 2] + name[at] + name[at + 2 :]
+        for wrong in (name[:at] + name[at + 1 :], name[:at] + letter + name[at:], name[:at] + letter + name[at + 1 :]):
+            assert is_slip(wrong, name) == (wrong not in OTHERS)
+        assert is_slip(swapped, name)
+        assert not is_slip(name + "zz", name) and not is_slip("q" + name[1:-1] + "q", name)
+
+    @pytest.mark.parametrize(
+        "part, allowed",
+        [
+            ("at=lft", "did you mean left?"),
+            ("at=", "left, right, top, bottom, centre, or x0-y0-x1-y1"),
+            ("at=left+top", "x0-y0-x1-y1"),
+            ("at=0.5-0-0.2-1", "x0-y0-x1-y1"),
+            ("at=0-0-2-1", "x0-y0-x1-y1"),
+            ("at=0-0-1", "x0-y0-x1-y1"),
+            ("at=0-0-nan-1", "x0-y0-x1-y1"),
+            ("at=" + "9" * 5000, "x0-y0-x1-y1"),
+            ("at=left=right", "left, right"),
+            ("share=0", "from 0.01 to 100"),
+            ("share=-1", "from 0.01 to 100"),
+            ("share=1e1", "from 0.01 to 100"),
+            ("share=nan", "from 0.01 to 100"),
+            ("share=1_0", "from 0.01 to 100"),
+            ("share=\u0662", "from 0.01 to 100"),
+            ("share=", "from 0.01 to 100"),
+            ("share=" + "9" * 5000, "from 0.01 to 100"),
+            ("steps=0.5", "first-last"),
+            ("steps=0.5-0.5", "the first below the last"),
+            ("steps=0-20", "from 0 to 1"),
+            ("base=2", "0 or 1"),
+            ("base=true", "0 or 1"),
+            ("mask=iVBORw0KGgo", "option loras"),
+        ],
+    )
+    def test_bad_parts_are_refused_by_tag_part_value_and_range(self, part, allowed):
+        name, _, value = part.partition("=")
+        message = refuses(f"knight:0.8:{part}")
+        assert message.startswith("LoRAtorio: ") and f"{name} in <lora:knight:0.8:{part}"[:60] in message
+        assert allowed in message and len(message) < 400
+        assert name == "mask" or repr(value)[:8] in message
+
+    def test_a_part_said_twice(self):
+        assert "at in <lora:a:1:at=left:at=right> is said twice" in refuses("a:1:at=left:at=right")
+
+
+class TestPlaces:
+    @given(sizes, sizes)
+    def test_sides_that_meet_add_up_to_one(self, height, width):
+        for pair in (("left", "right"), ("top", "bottom"), ("0-0-0.3-1", "0.3-0-1-1")):
+            first, second = (Claim.of({"at": at}).place(height, width) for at in pair)
+            torch.testing.assert_close(first + second, torch.ones(height, width))
+
+    @given(sizes, sizes, st.integers(1, 99), st.integers(1, 99))
+    def test_four_corners_add_up_to_one(self, height, width, x, y):
+        x, y = f"{x / 100:g}", f"{y / 100:g}"
+        boxes = (f"0-0-{x}-{y}", f"{x}-0-1-{y}", f"0-{y}-{x}-1", f"{x}-{y}-1-1")
+        whole = sum(Claim.of({"at": at}).place(height, width) for at in boxes)
+        torch.testing.assert_close(whole, torch.ones(height, width))
+
+    @pytest.mark.parametrize(
+        "at, inside, outside",
+        [
+            ("left", (10, 2), (10, 37)),
+            ("right", (10, 37), (10, 2)),
+            ("top", (1, 20), (18, 20)),
+            ("bottom", (18, 20), (1, 20)),
+            ("centre", (10, 20), (10, 2)),
+            ("0.75-0-1-0.5", (1, 38), (18, 38)),
+        ],
+    )
+    def test_left_is_left_and_top_is_top(self, at, inside, outside):
+        place = Claim.of({"at": at}).place(20, 40)
+        assert place.shape == (20, 40) and place.dtype == torch.float32
+        assert place[inside] == 1 and place[outside] == 0
+
+    def test_an_edge_is_a_tenth_of_the_side_wide_and_centred(self):
+        row = Claim.of({"at": "left"}).place(1, 100)[0]
+        assert (row[:45] == 1).all() and (row[55:] == 0).all()
+        torch.testing.assert_close(row[45:55], torch.linspace(0.95, 0.05, 10))
+
+    def test_there_is_no_soft_edge_at_the_images_border(self):
+        assert (Claim.of({"at": "0-0-1-1"}).place(7, 9) == 1).all()
+        assert (Claim.of({"at": "left"}).place(20, 20)[:, :8] == 1).all()
+
+    @given(st.tuples(*[st.integers(0, 1000)] * 4), sizes, sizes)
+    def test_any_box(self, edges, height, width):
+        left, top, right, bottom = (edge / 1000 for edge in edges)
+        assume(left < right and top < bottom)
+        at = check_at(f"{left}-{top}-{right}-{bottom}")
+        assert box_of(at) == pytest.approx((left, top, right, bottom)) and check_at(at) == at
+        place = Claim.of({"at": at}).place(height, width)
+        assert place.shape == (height, width) and 0 <= place.min() and place.max() <= 1
+        for y in range(height):
+            for x in range(width):
+                across = ramp(x, width, left, right) * ramp(y, height, top, bottom)
+                assert place[y, x] == pytest.approx(across, abs=1e-6)
+
+    def test_nowhere_said_is_everywhere(self):
+        assert Claim().place(4, 4) is None and not Claim().placed
+        assert Claim.of({"at": "left"}).placed and Claim.of({"mask": mask_of([[255]])}).placed
+
+    def test_several_loras(self):
+        one, other = Claim.of({"at": "left", "share": 2.0}), Claim()
+        stacked = place_of([one, other], 3, 4)
+        assert torch.equal(stacked[0], one.place(3, 4)) and (stacked[1] == 1).all()
+        assert share_of([one, other]).tolist() == [2, 1]
+        assert place_of([other, other], 3, 4) is None and share_of([other, other]) is None
+        assert place_of([], 3, 4) is None and share_of([]) is None
+
+
+def ramp(index, count, first, last):
+    """The softness of a side, literally."""
+    pixel = (index + 0.5) / count
+    rise = 1 if first == 0 else min(max((pixel - first) / 0.1 + 0.5, 0), 1)
+    fall = 1 if last == 1 else min(max((last - pixel) / 0.1 + 0.5, 0), 1)
+    return rise * fall
+
+
+class TestSteps:
+    @pytest.mark.parametrize(
+        "steps, inside, outside",
+        [
+            ("0-0.5", [0, 0.25, 0.4999], [0.5, 0.75, 1]),
+            ("0.5-1", [0.5, 0.75, 1], [0, 0.4999]),
+            ("0.25-0.5", [0.25, 0.49], [0, 0.24, 0.5, 1]),
+            ("0-1", [0, 0.5, 1], []),
+        ],
+    )
+    def test_from_the_first_up_to_the_last(self, steps, inside, outside):
+        claim = Claim.of({"steps": check_steps(steps)})
+        assert all(map(claim.acts_at, inside)) and not any(map(claim.acts_at, outside))
+
+    def test_windows_that_meet_share_no_step_and_leave_none(self):
+        first, second = (Claim.of({"steps": steps}) for steps in ("0-0.35", "0.35-1"))
+        for count in (1, 3, 20, 50):
+            assert all(first.acts_at(i / count) != second.acts_at(i / count) for i in range(count))
+
+
+class TestMasks:
+    PIXELS = [[0, 64, 128], [255, 0, 200]]
+
+    def test_what_is_kept_is_what_was_given(self):
+        assert kept_pixels(mask_of(self.PIXELS)).tolist() == self.PIXELS
+
+    def test_kept_twice_is_kept_once(self):
+        once = masks.kept(mask_of(np.random.default_rng(0).integers(0, 255, (300, 200))))
+        assert masks.kept(once) == once
+
+    @pytest.mark.parametrize(
+        "prefix", ["data:image/png;base64,", "data:image/jpeg;base64,", "DATA:image/x-png;base64,"]
+    )
+    def test_data_urls(self, prefix):
+        assert kept_pixels(prefix + mask_of(self.PIXELS)).tolist() == self.PIXELS
+
+    def test_lines_of_base64(self):
+        text = mask_of(self.PIXELS)
+        assert masks.kept("\n".join(text[i : i + 20] for i in range(0, len(text), 20))) == masks.kept(text)
+
+    def test_jpeg_colour_and_one_bit(self):
+        white = Image.new("RGB", (40, 20), "white")
+        assert (kept_pixels(base64_of(white, "JPEG")) == 255).all()
+        white.paste((0, 0, 0), (0, 0, 20, 20))
+        assert kept_pixels(base64_of(white.convert("1")))[5].tolist() == [0] * 20 + [255] * 20
+        assert kept_pixels(base64_of(white.convert("P")))[5].tolist() == [0] * 20 + [255] * 20
+
+    def test_transparent_is_black(self):
+        white = np.full((2, 4, 4), 255, np.uint8)
+        white[:, :2, 3] = 0
+        assert kept_pixels(mask_of(white, "RGBA")).tolist() == [[0, 0, 255, 255]] * 2
+        assert kept_pixels(mask_of(white[..., [0, 3]], "LA")).tolist() == [[0, 0, 255, 255]] * 2
+
+    def test_sixteen_bits_of_grey(self):
+        deep = Image.fromarray(np.array([[0, 32896, 65535]], np.uint16))
+        assert kept_pixels(base64_of(deep)).tolist() == [[0, 128, 255]]
+
+    def test_a_phones_orientation_is_heeded(self):
+        image = Image.new("L", (40, 20))
+        image.paste(255, (0, 0, 20, 20))
+        exif = Image.Exif()
+        exif[0x0112] = 3  # upside down
+        assert kept_pixels(base64_of(image, "JPEG", exif=exif))[10, [5, 35]].tolist() == [0, 255]
+
+    def test_large_pictures_become_small_with_the_same_meaning(self):
+        pixels = np.zeros((600, 1000), np.uint8)
+        pixels[:, 500:] = 255
+        kept = kept_pixels(mask_of(pixels))
+        assert max(kept.shape) == 128 and kept.shape[0] in (76, 77)
+        assert (kept[:, :63] == 0).all() and (kept[:, 65:] == 255).all()
+        assert len(masks.kept(mask_of(np.random.default_rng(0).integers(0, 255, (2000, 2000))))) < 30_000
+
+    def test_nothing_but_the_picture_is_kept(self):
+        noted = mask_of(self.PIXELS, dpi=(300, 300), icc_profile=b"x" * 500)
+        assert masks.kept(noted) == masks.kept(mask_of(self.PIXELS))
+
+    GIF = base64_of(Image.new("L", (4, 4), 255), "GIF")
+
+    @pytest.mark.parametrize(
+        "text, why",
+        [
+            ("", "no such picture"),
+            ("!", "no base64"),
+            ("\u00e4\u00f6", "got"),
+            ("aGVsbG8=", "no such picture"),
+            (GIF, "no such picture"),
+            ("data:image/png;base64,", "no such picture"),
+            ("data:text/html,<b>", "no base64"),
+            ("https://example.org/mask.png", "no base64"),
+            (mask_of([[0, 0]]), "black everywhere"),
+            (mask_of(PIXELS)[:60], "got"),
+        ],
+    )
+    def test_what_is_no_mask(self, text, why):
+        with pytest.raises(SettingsError, match="loras.a.mask must be a PNG or JPEG in base64") as caught:
+            Settings(loras={"a": {"mask": text}})
+        assert why in str(caught.value) and len(str(caught.value)) < 300
+
+    def test_a_picture_that_would_fill_the_memory(self):
+        data = bytearray(base64.b64decode(mask_of([[255]])))
+        data[16:24] = (50_000).to_bytes(4, "big") * 2
+        data[29:33] = __import__("zlib").crc32(data[12:29]).to_bytes(4, "big")
+        with pytest.raises(SettingsError, match="loras.a.mask"):
+            Settings(loras={"a": {"mask": base64.b64encode(data).decode()}})
+
+    @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 20), st.integers(1, 20), st.integers(0, 99))
+    def test_a_mask_covers_the_image_whatever_their_sizes(self, h, w, height, width, seed):
+        pixels = np.random.default_rng(seed).integers(0, 255, (h, w))
+        pixels[0, 0] = 255
+        place = Claim.of({"mask": masks.kept(mask_of(pixels))}).place(height, width)
+        assert place.shape == (height, width) and 0 <= place.min() and place.max() <= 1
+        if height % h == width % w == 0:
+            grown = pixels.repeat(height // h, axis=0).repeat(width // w, axis=1) / 255
+            np.testing.assert_allclose(place.numpy(), grown, atol=1e-6)
+        if h % height == w % width == 0:
+            means = pixels.reshape(height, h // height, width, w // width).mean(axis=(1, 3)) / 255
+            np.testing.assert_allclose(place.numpy(), means, atol=1e-6)
+
+    def test_a_mask_and_a_place_are_where_both_say(self):
+        mask = masks.kept(mask_of([[255], [0]]))
+        place = Claim.of({"mask": mask, "at": "left"}).place(10, 10)
+        assert place[2, 2] == 1 and place[7, 2] == 0 and place[2, 8] == 0
+
+
+class TestClaims:
+    def test_nothing_said_is_the_methods_own(self):
+        assert claims("a", "b:0.5") == Claims((Claim(), Claim()))
+        assert claims() == Claims(())
+
+    def test_a_tag_wins_over_the_option_part_by_part(self):
+        found = claims("a:1:at=left", "b", loras={"a": {"at": "right", "share": 2}, "b": {"steps": "0-0.5"}})
+        assert found.each == (Claim(at=PLACES["left"], share=2.0), Claim(steps=(0.0, 0.5)))
+
+    def test_loras_of_a_pool_have_claims_too(self):
+        robot = Tagged(lora("styles/robot"))
+        assert claims(robot, loras={"robot": {"at": "top"}}).each == (Claim(at=PLACES["top"]),)
+
+    @pytest.mark.parametrize("name", ["oil", "styles/oil", "Oil painting"])
+    def test_by_name_path_or_alias(self, name):
+        oil = Tagged(lora("styles/oil", alias="Oil painting"), ("Oil painting", "1"))
+        found = claims("a", oil, loras={name: {"share": 3}})
+        assert found == Claims((Claim(), Claim(share=3.0)))
+
+    def test_patterns_name_several(self):
+        found = claims("robot_a", "robot_b", "cat", loras={"robot*": {"share": 3}})
+        assert [claim.share for claim in found.each] == [3, 3, 1]
+
+    def test_two_of_one_name_stay_two(self):
+        top, below = tagged("a", "a"), tagged("sub/a", "sub/a")
+        found = claims(top, below, loras={"a": {"share": 2}, "sub/a": {"share": 3}})
+        assert [claim.share for claim in found.each] == [2, 3]
+
+    def test_two_entries_for_one_lora_are_refused(self):
+        message = refuses(tagged("oil", "styles/oil"), loras={"oil": {"share": 2}, "styles/oil": {"share": 3}})
+        assert "loras.oil and loras.styles/oil are the same LoRA" in message
+
+    def test_what_means_no_active_lora_is_told(self):
+        options = {"loras": {"knigth": {"share": 2}, "a": {}}, "everywhere": ["lcm", "*slider*", "a"]}
+        assert claims("a", **options).unused == ("loras.knigth", "everywhere: lcm", "everywhere: *slider*")
+
+    def test_base_by_tag_option_or_everywhere(self):
+        for tag, options in (
+            ("lcm:1:base=1", {}),
+            ("lcm", {"loras": {"lcm": {"base": True}}}),
+            ("lcm", {"everywhere": ["lcm"]}),
+            ("lcm", {"everywhere": ["l*"]}),
+            (tagged("lcm", "speed/lcm"), {"everywhere": ["speed/*"]}),
+            ("lcm:1:base=1", {"loras": {"lcm": {"base": False}}}),
+        ):
+            found = claims("a", tag, **options)
+            assert [claim.base for claim in found.each] == [False, True] and found.unused == ()
+
+    def test_what_a_tag_says_against_it_wins(self):
+        assert not claims("lcm:1:base=0", everywhere=["*"]).each[0].base
+        assert not claims("lcm", loras={"lcm": {"base": False}}, everywhere=["*"]).each[0].base
+        assert claims("lcm:1:base=0:at=left", everywhere=["lcm"]).each == (Claim(at=PLACES["left"]),)
+
+    @pytest.mark.parametrize("part", ["at=left", "share=2", "steps=0-0.5"])
+    def test_in_every_pass_there_is_nothing_to_share(self, part):
+        name = part.partition("=")[0]
+        for tag, options in ((f"lcm:1:base=1:{part}", {}), (f"lcm:1:{part}", {"everywhere": ["lcm"]})):
+            message = refuses(tag, **options)
+            assert f"<lora:{tag}> says {name} of a LoRA that is in every pass" in message
+        value = {"at": "left", "share": 2, "steps": "0-0.5"}[name]
+        assert f"loras.lcm says {name}" in refuses("lcm", loras={"lcm": {"base": True, name: value}})
+
+    def test_every_part_reaches_the_claim(self):
+        mask = masks.kept(mask_of([[255]]))
+        parts = {"at": "left", "share": 2.0, "steps": "0-0.5", "mask": mask}
+        assert claims("a", loras={"a": parts}).each == (Claim((0.0, 0.0, 0.5, 1.0), 2.0, (0.0, 0.5), mask),)
+        assert set(parts) | {"base"} == set(PARTS)
