@@ -29,12 +29,13 @@ class Difference:
 
     largest: int
     mean: float
+    """of the worst image"""
 
     @classmethod
     def of(cls, first: list[np.ndarray], second: list[np.ndarray]) -> "Difference":
         if [image.shape for image in first] != [image.shape for image in second]:
             return cls(255, 255.0)
-        return cls(largest(first, second), mean(first, second))
+        return cls(largest(first, second), max(mean([a], [b]) for a, b in zip(first, second)))
 
     @property
     def rounding(self) -> bool:
