@@ -137,7 +137,8 @@ def option_parts(loras: Mapping[str, Mapping[str, Any]], active: Sequence[Listed
         for lora in meant(name, active):
             if lora.file in found:
                 other, _ = found[lora.file]
-                raise SettingsError(f"LoRAtorio: loras.{other} and loras.{name} are the same LoRA ({lora.path})")
+                message = f"LoRAtorio: loras.{other} and loras.{name} are the same LoRA ({lora.path})"
+                raise SettingsError(message, field=f"loras.{name}", value=dict(parts), allowed="one entry a LoRA")
             found[lora.file] = name, parts
     return found
 
@@ -162,7 +163,9 @@ def claims_of(settings: Any, tagged: Sequence[Tagged]) -> Claims:
             where = tag_text(each.items) if part in in_tag else f"loras.{name}"
             raise SettingsError(
                 f"LoRAtorio: {where} says {part} of a LoRA that is in every pass, where it shares nothing; leave out "
-                f"{part}, or what puts it into every pass (base, or everywhere)"
+                f"{part}, or what puts it into every pass (base, or everywhere)",
+                field=f"{part} in {where}",
+                value=said[part],
             )
         claims.append(Claim.of({**said, "base": base}))
     unused = [f"loras.{name}" for name in settings.loras if not meant(name, active)]

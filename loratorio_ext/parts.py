@@ -141,7 +141,8 @@ def refused(where: str, part: Part, value: Any, allowed: str, error: Exception) 
     """The error for a value that a part may not have."""
     hint = nearest_name(value.strip().lower(), part.known) if isinstance(value, str) and len(value) < 20 else ""
     why = f" ({error})" if isinstance(error, masks.MaskError) else ""
-    return SettingsError(f"LoRAtorio: {where} must be {allowed}, got {shown(value)}{why}{hint}")
+    message = f"LoRAtorio: {where} must be {allowed}, got {shown(value)}{why}{hint}"
+    return SettingsError(message, field=where, value=value, allowed=allowed)
 
 
 # --- tags -------------------------------------------------------------------------------------------------------------
@@ -180,13 +181,15 @@ def parts_of_tag(items: Sequence[str]) -> dict[str, Any]:
         if name not in PARTS:
             meant = [part.name for part in PARTS.values() if part.read is not None and is_slip(name, part.name)]
             if meant:
-                raise SettingsError(f"LoRAtorio: {tag_text(items)} has a part {name!r}; did you mean {meant[0]}?")
+                message = f"LoRAtorio: {tag_text(items)} has a part {shown(name)}; did you mean {meant[0]}?"
+                raise SettingsError(message, field=where, value=value, allowed=meant[0])
             continue
         part = PARTS[name]
         if part.read is None:
-            raise SettingsError(f"LoRAtorio: {where} cannot be said in a tag; say it in the option loras")
+            message = f"LoRAtorio: {where} cannot be said in a tag; say it in the option loras"
+            raise SettingsError(message, field=where, value=value)
         if name in parts:
-            raise SettingsError(f"LoRAtorio: {where} is said twice")
+            raise SettingsError(f"LoRAtorio: {where} is said twice", field=where, value=value, allowed="once")
         try:
             parts[name] = part.read(value)
         except REFUSALS as error:
@@ -201,12 +204,15 @@ def check_parts(name: str, values: Any) -> dict[str, Any]:
     """The parts that the option ``loras`` gives a LoRA, checked; raises `SettingsError`."""
     where = f"loras.{name if len(name) <= 60 else name[:57] + '...'}"
     if not isinstance(values, Mapping):
-        raise SettingsError(f"LoRAtorio: {where} must be a mapping of {', '.join(PARTS)}, got {shown(values)}")
+        allowed = f"a mapping of {', '.join(PARTS)}"
+        message = f"LoRAtorio: {where} must be {allowed}, got {shown(values)}"
+        raise SettingsError(message, field=where, value=values, allowed=allowed)
     parts = {}
     for key, value in values.items():
         if key not in PARTS:
             hint = nearest_name(str(key), PARTS)
-            raise SettingsError(f"LoRAtorio: {where} has no part {shown(key)}{hint} (parts: {', '.join(PARTS)})")
+            message = f"LoRAtorio: {where} has no part {shown(key)}{hint} (parts: {', '.join(PARTS)})"
+            raise SettingsError(message, field=f"{where}.{key}", value=value, allowed=f"one of {', '.join(PARTS)}")
         part = PARTS[key]
         try:
             parts[key] = part.check(value)

@@ -166,7 +166,8 @@ class Claims(Option):
         if isinstance(value, str):
             return self.parse(value) if value.strip() else Frozen()
         if not isinstance(value, Mapping) or not all(map(is_line, value)):
-            raise SettingsError(f"LoRAtorio: {self.name} must be {self.allowed}, got {shown(value)}")
+            message = f"LoRAtorio: {self.name} must be {self.allowed}, got {shown(value)}"
+            raise SettingsError(message, field=self.name, value=value, allowed=self.allowed)
         return Frozen({name: Frozen(check_parts(name, parts)) for name, parts in value.items()})
 
     def write(self, value: Mapping[str, Any]) -> str:
@@ -178,7 +179,8 @@ class Claims(Option):
             if not isinstance(value, Mapping):
                 raise ValueError("another kind of JSON")
         except (TypeError, ValueError, RecursionError) as error:
-            raise SettingsError(f"LoRAtorio: {self.name} must be {self.allowed}, got {shown(text)}") from error
+            message = f"LoRAtorio: {self.name} must be {self.allowed}, got {shown(text)}"
+            raise SettingsError(message, field=self.name, value=text, allowed=self.allowed) from error
         return self.check(value)
 
 

@@ -1,9 +1,10 @@
 """The WebUI's script: values from the UI or the API go to the host's adapter. Nothing else happens here."""
 
-from modules import scripts
+from modules import script_callbacks, scripts
 
 from loratorio_ext.generation import Generation
 from loratorio_ext.hosts import webui_adapter
+from loratorio_ext.hosts.limits import add_settings
 from loratorio_ext.ui import build_ui
 
 host = webui_adapter()  # now, not at the first image: a host reports a script that fails to load
@@ -30,3 +31,6 @@ class LoRAtorioScript(scripts.Script):
 
     def postprocess(self, p, processed, *args):
         Generation.finish(p, processed)
+
+
+script_callbacks.on_ui_settings(add_settings)

@@ -429,3 +429,13 @@ class TestClaims:
         parts = {"at": "left", "share": 2.0, "steps": "0-0.5", "mask": mask}
         assert claims("a", loras={"a": parts}).each == (Claim((0.0, 0.0, 0.5, 1.0), 2.0, (0.0, 0.5), mask),)
         assert set(parts) | {"base"} == set(PARTS)
+
+
+def test_errors_know_what_is_to_blame():
+    with pytest.raises(SettingsError) as caught:
+        claims("a:1:at=lft")
+    error = caught.value
+    assert (error.field, error.value) == ("at in <lora:a:1:at=lft>", "lft") and error.allowed in str(error)
+    with pytest.raises(SettingsError) as caught:
+        Settings(loras={"a": {"share": 0}})
+    assert (caught.value.field, caught.value.value) == ("loras.a.share", 0)

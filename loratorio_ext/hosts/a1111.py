@@ -18,16 +18,18 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from modules import devices, extra_networks, script_callbacks, sd_unet, shared
+from modules import devices, script_callbacks, sd_unet, shared
 from modules.sd_samplers_cfg_denoiser import catenate_conds, subscript_cond
 from torch import Tensor, nn
 
+from loratorio_ext.claims import Claim
 from loratorio_ext.core import ComposedStep, Plan, Predictions, method_from
 from loratorio_ext.errors import UnsupportedError
 from loratorio_ext.generation import Generation
 from loratorio_ext.hosts.a1111_loras import (
-    bare,
     embeddings_of,
+    entry_of,
+    fits,
     labels,
     load_pool,
     loaded_model,
@@ -51,6 +53,9 @@ from loratorio_ext.hosts.a1111_texts import (
 )
 from loratorio_ext.hosts.neighbours import callers_of, company, meddlers_with_loras, named
 from loratorio_ext.hosts.webui import (
+    check_tags,
+    claimed,
+    claims_on,
     clean_up,
     encode,
     forget_conditionings,
@@ -62,6 +67,7 @@ from loratorio_ext.hosts.webui import (
     prompts_of_pass,
     tags_of_pass,
     tell_of_loras,
+    tell_of_merge,
     tell_of_none,
 )
 from loratorio_ext.isolation import ROWS_OF_A_POOL, CudaMemory, IsolatedCalls, Isolation, Row
@@ -176,8 +182,16 @@ class A1111Sampling:
     Wherever a LoRA's index is asked for, `Plan.BASE` stands for none of them and `Plan.MERGED` for all at once.
     """
 
-    def __init__(self, generation: Generation, networks: ModuleType, loras: list[Any]):
-        self.generation, self.p, self.networks, self.loras = generation, generation.p, networks, loras
+    def __init__(
+        self,
+        generation: Generation,
+        networks: ModuleType,
+        loras: Sequence[Any],
+        claims: Sequence[Claim],
+        everywhere: Sequence[Any],
+    ):
+        self.generation, self.p, self.networks = generation, generation.p, networks
+        self.loras, self.claims, self.everywhere = loras, claims, everywhere
         self.settings = generation.settings
         self.labels = labels(loras)
         self.method = method_from(self.settings)
@@ -201,7 +215,7 @@ class A1111Sampling:
         self.model = loaded_model()
         # By what the host keeps its own conditionings by, so that they hold for as long as the host's do.
         second_pass, *_ = prompts = prompts_of_pass(self.p)
-        key = ("texts", self.model, prompts, tags_of_pass(self.p), *self.labels)
+        key = ("texts", self.model, prompts, tags_of_pass(self.p), *labels([*self.loras, *self.everywhere]))
         self.texts, self.speaks = self.generation.once(key, self.encode_all)
         self.read_strengths()
         # Images of another size: another number of rows fits.
@@ -211,19 +225,18 @@ class A1111Sampling:
     def read_strengths(self) -> None:
         """The LoRAs' branches at their present strengths, which other extensions change from step to step."""
         self.strengths = [strength(lora) for lora in self.loras]
-        key = (self.model, *zip(self.loras, self.strengths))
+        key = (self.model, *self.everywhere, *zip(self.loras, self.strengths))
         self.isolation, self.acts = self.generation.kept("isolation", key, self.isolate)
 
     def isolate(self) -> tuple[Isolation, list[bool]]:
         """The LoRAs' branches on the UNet's layers, and which of them add anything."""
         branches, acts = [], []
-        with bare(self.networks):
-            for lora, name in zip(self.loras, self.labels):
-                each = unet_lora(self.generation, self.networks, lora)
-                branches.append(each.branches)
-                acts.append(each.acts)
-                if each.misfits:
-                    self.generation.note(f"{name} does not fit {len(each.misfits)} layers of this model")
+        for lora, name in zip(self.loras, self.labels):
+            each = unet_lora(self.generation, self.networks, lora, self.everywhere)
+            branches.append(each.branches)
+            acts.append(each.acts)
+            if each.misfits:
+                self.generation.note(f"{name} does not fit {len(each.misfits)} layers of this model")
         # The last one, without a branch, makes `Plan.BASE` an index like any other.
         return Isolation(shared.sd_model.network_layer_mapping, [*branches, {}]), acts
 
@@ -236,20 +249,21 @@ class A1111Sampling:
     def encode_all(self) -> tuple[list[Any], list[bool]]:
         """The prompts' schedules of conditionings: each LoRA's, then the host's own (`Plan.MERGED`), and last the bare
         model's (`Plan.BASE`); and which LoRAs change the bare model's."""
-        base = self.encode([])
-        alone = [self.encode([lora]) if speaks_to_text_encoder(lora) else base for lora in self.loras]
+        base = self.encode(self.everywhere)
+        alone = [self.encode([*self.everywhere, lora]) if speaks_to_text_encoder(lora) else base for lora in self.loras]
         for lora, text in zip(self.loras, alone):
             if text is not base and not is_finite_text(text):
                 raise not_finite(lora)
         active = list(self.networks.loaded_networks)
         audible = [lora for lora in active if speaks_to_text_encoder(lora)] or [None]
-        merged = self.encode(active) if len(audible) > 1 else dict(zip(self.loras, alone)).get(audible[0], base)
+        known = dict(zip(self.loras, alone))
+        merged = self.encode(active) if len(audible) > 1 or self.everywhere else known.get(audible[0], base)
         speaks = [text is not base and not all(map(same_text, text, base)) for text in alone]
         return [*alone, merged, base], speaks
 
     def encode(self, active: Sequence[Any]) -> tuple[Any, Any]:
         """Schedules of conditionings, positive and negative, with just the LoRAs ``active``."""
-        others = [lora for lora in self.loras if lora not in active]
+        others = [lora for lora in (*self.loras, *self.everywhere) if lora not in active]
         with only(self.networks, active), embeddings_of(active, others):
             return encode(self.p)
 
@@ -267,13 +281,13 @@ class A1111Sampling:
                 self.isolated.act_on(self.isolation)
             self.steps += 1
             self.denoiser = denoiser
-            members = [i for i, effects in enumerate(zip(self.acts, self.speaks)) if any(effects)]
-            self.plan = plan_step(self.generation, self.method, denoiser, len(self.loras), members)
+            acting = [index for index, effects in enumerate(zip(self.acts, self.speaks)) if any(effects)]
+            self.plan = plan_step(self.generation, self.method, denoiser, self.claims, acting)
             if self.plan.host == Plan.MERGED:
                 return
             self.meet_company()
             self.host_pass = self.handed_over(params)
-            self.step.enter_context(only(self.networks, []))
+            self.step.enter_context(only(self.networks, self.everywhere))
             self.step.enter_context(undisturbed(self.networks, self.generation.fail))
             self.step.enter_context(answered(denoiser.inner_model, self.answer))
 
@@ -470,6 +484,7 @@ class A1111Sampling:
             eps=(cond - kept) / gain,
             image_of_row=host_pass.image_of_row,
             gain=gain[0],
+            **claimed(self.plan, self.claims, x),
         )
 
 
@@ -510,20 +525,25 @@ def check(generation: Generation) -> None:
     """Raise what speaks against a composition before any script has acted: the pool's entries, the kind of model."""
     if generation.settings.method == "merge":
         return
-    _, tags = extra_networks.parse_prompts(list(generation.p.all_prompts))
-    if pool_of(generation, ()) or tags.get("lora"):
+    pool, tagged = pool_of(generation, ()), check_tags(generation.p)
+    if pool or tagged:
         check_supported()
 
 
 def open_sampling(generation: Generation) -> A1111Sampling | None:
     """Composition for the sampling pass that is about to begin, or None where there is nothing to compose."""
     if generation.settings.method == "merge":
+        tell_of_merge(generation)
         return None
     networks = lora_extension()
     active = list(dict.fromkeys(networks.loaded_networks))
     tell_of_loras(generation, [lora.mentioned_name for lora in networks.loaded_networks])
-    loras = [*active, *load_pool(generation, networks, active)]
+    pooled = load_pool(generation, networks, active)
+    claims = dict(zip([*active, *pooled], claims_on(generation, [*map(entry_of, active), *map(entry_of, pooled)])))
+    everywhere = [lora for lora, claim in claims.items() if claim.base]
+    loras = [lora for lora in active if lora not in everywhere]
+    loras += [lora for lora in pooled if lora not in everywhere and fits(generation, networks, lora, everywhere)]
     if not loras:
         tell_of_none(generation)
         return None
-    return A1111Sampling(generation, networks, loras)
+    return A1111Sampling(generation, networks, loras, [claims[lora] for lora in loras], everywhere)

@@ -1,7 +1,6 @@
 """AUTOMATIC1111's LoRAs: its list of active ones, and what each adds to the UNet's layers, as branches."""
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ from torch import nn
 from loratorio_ext.errors import FileFormatError, UnsupportedError
 from loratorio_ext.generation import Generation
 from loratorio_ext.hosts.neighbours import neighbour_at_work
-from loratorio_ext.hosts.webui import leave_out, pool_of
+from loratorio_ext.hosts.pool_files import POOL_FILES
+from loratorio_ext.hosts.webui import leave_out, listed, pool_of
 from loratorio_ext.isolation import Branch, Delta, LowRank, in_main_memory, is_finite, is_inert
-from loratorio_ext.pool import path_below
+from loratorio_ext.pool import Listed
 
 logger = logging.getLogger("loratorio")
 
@@ -141,9 +141,10 @@ def unet_branches(networks: ModuleType, network: Any, layers: dict[str, nn.Modul
 
 
 @contextmanager
-def bare(networks: ModuleType) -> Iterator[None]:
-    """While entered, the model's weights are its own as soon as the host looks at them."""
-    with only(networks, []):
+def bare(networks: ModuleType, everywhere: Sequence[Any]) -> Iterator[None]:
+    """While entered, the model's weights are its own, or with the LoRAs that are in every pass, as soon as the host
+    looks at them."""
+    with only(networks, everywhere):
         if shared.opts.lora_functional:  # there the host leaves weights merged earlier as they are
             for layer in shared.sd_model.model.modules():
                 networks.network_apply_weights(layer)
@@ -165,21 +166,28 @@ def strength(lora: Any) -> tuple:
     return lora.name, lora.unet_multiplier, lora.dyn_dim
 
 
-def unet_lora(generation: Generation, networks: ModuleType, lora: Any) -> UnetLora:
-    """A LoRA's part in the UNet that is loaded now, at its present strength; to be called while `bare`.
+def unet_lora(generation: Generation, networks: ModuleType, lora: Any, everywhere: Sequence[Any]) -> UnetLora:
+    """A LoRA's part in the UNet that is loaded now, at its present strength, beside the LoRAs that are in every pass.
 
     Raises `FileFormatError` for numbers that are none.
     """
 
     def made() -> UnetLora:
-        branches, misfits = unet_branches(networks, lora, shared.sd_model.network_layer_mapping)
+        with bare(networks, everywhere):
+            branches, misfits = unet_branches(networks, lora, shared.sd_model.network_layer_mapping)
         if not all(map(is_finite, branches.values())):
             raise not_finite(lora)
         if generation.settings.pool:
             branches = {name: in_main_memory(branch) for name, branch in branches.items()}
         return UnetLora(branches, misfits, acts=not all(map(is_inert, branches.values())))
 
-    return generation.kept(("branches", lora), (loaded_model(), strength(lora)), made)
+    key = (loaded_model(), strength(lora), *map(strength, everywhere))
+    return generation.kept(("branches", lora), key, made)
+
+
+def entry_of(lora: Any) -> Listed:
+    """The host's listing of a LoRA's file."""
+    return listed(lora.network_on_disk)
 
 
 def not_finite(lora: Any) -> FileFormatError:
@@ -196,9 +204,7 @@ def label(lora: Any) -> str:
 def labels(loras: Sequence[Any]) -> list[str]:
     """Their names, and where two share one, their paths below the LoRA folder."""
     names = [label(lora) for lora in loras]
-    folder = os.path.abspath(shared.cmd_opts.lora_dir)
-    files = (os.path.abspath(lora.network_on_disk.filename) for lora in loras)
-    return [path_below(file, folder) if names.count(name) > 1 else name for name, file in zip(names, files)]
+    return [entry_of(lora).path if names.count(name) > 1 else name for name, lora in zip(names, loras)]
 
 
 def loaded_model() -> tuple[Any, Any]:
@@ -215,24 +221,28 @@ def load_pool(generation: Generation, networks: ModuleType, active: Sequence[Any
     for member in pool_of(generation, taken):
         name = member.lora.name
         entry = networks.available_networks[name]
-        load = partial(networks.load_network, name, entry)
         try:
-            network = generation.once(("pool", entry, loaded_model()), load)
+            network = POOL_FILES.of((entry.filename, *loaded_model()), partial(networks.load_network, name, entry))
         except Exception as error:  # whatever a file may hold
             logger.warning("%s cannot be read: %s", member.lora.file, error, exc_info=True)
             leave_out(generation, name, f"its file cannot be read ({type(error).__name__})")
             continue
         network.te_multiplier, network.unet_multiplier, network.dyn_dim = member.text, member.unet, None
-        try:
-            with bare(networks):
-                misfits = unet_lora(generation, networks, network).misfits
-        except FileFormatError:
-            leave_out(generation, name, "it holds numbers that are NaN or infinite")
-            continue
-        if misfits:
-            leave_out(generation, name, f"made for another model, {len(misfits)} layers have other shapes")
-        elif not network.modules and not network.bundle_embeddings:
-            leave_out(generation, name, "made for another model, it has none of this one's layers")
-        else:
+        if network.modules or network.bundle_embeddings:
             loaded.append(network)
+        else:
+            leave_out(generation, name, "made for another model, it has none of this one's layers")
+    POOL_FILES.keep_used()
     return loaded
+
+
+def fits(generation: Generation, networks: ModuleType, lora: Any, everywhere: Sequence[Any]) -> bool:
+    """Whether a LoRA of the pool can take part; what was made for another model is left out and named."""
+    try:
+        misfits = unet_lora(generation, networks, lora, everywhere).misfits
+    except FileFormatError:
+        leave_out(generation, label(lora), "it holds numbers that are NaN or infinite")
+        return False
+    if misfits:
+        leave_out(generation, label(lora), f"made for another model, {len(misfits)} layers have other shapes")
+    return not misfits

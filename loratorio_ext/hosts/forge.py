@@ -17,6 +17,7 @@ import torch
 from modules import prompt_parser, shared
 from torch import Tensor
 
+from loratorio_ext.claims import Claim
 from loratorio_ext.core import ComposedStep, Plan, Predictions, method_from
 from loratorio_ext.errors import UnsupportedError
 from loratorio_ext.generation import Generation
@@ -24,6 +25,7 @@ from loratorio_ext.hosts.forge_backends import Backend, backend_of
 from loratorio_ext.hosts.forge_patches import Patches, branches, joined
 from loratorio_ext.hosts.webui import (
     asked_loras,
+    check_tags,
     clean_up,
     encode,
     forget_conditionings,
@@ -306,7 +308,7 @@ class ForgeSampling:
         denoiser = self.p.sampler.model_wrap_cfg
         plan = Plan(host=Plan.MERGED)
         if members:
-            plan = plan_step(self.generation, self.method, denoiser, len(members), range(len(members)))
+            plan = plan_step(self.generation, self.method, denoiser, [Claim()] * len(members))
         composed = self.predict(step, plan, denoiser.step)
         return step.of_images(composed.cond), composed.uncond
 
@@ -421,6 +423,7 @@ def open_sampling(generation: Generation) -> ForgeSampling | None:
 
 
 def check(generation: Generation) -> None:
-    """Raise what speaks against a composition before any script has acted: the pool's entries."""
+    """Raise what speaks against a composition before any script has acted: the pool's entries, the prompts' tags."""
     if generation.settings.method != "merge":
         pool_of(generation, ())
+        check_tags(generation.p)

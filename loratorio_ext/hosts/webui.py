@@ -4,15 +4,20 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from copy import copy
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
 from modules import extra_networks, processing, shared
+from torch import Tensor
 
+from loratorio_ext.claims import Claim, Tagged, claims_of, place_of, share_of
 from loratorio_ext.core import Method, Plan
 from loratorio_ext.errors import SettingsError, UnsupportedError
 from loratorio_ext.generation import Generation
-from loratorio_ext.pool import Listed, Member, path_below, resolve
+from loratorio_ext.hosts.limits import most_bytes, most_files
+from loratorio_ext.parts import parts_of_tag
+from loratorio_ext.pool import Listed, Member, check_size, path_below, resolve
 
 
 def lora_extension() -> ModuleType:
@@ -24,16 +29,18 @@ def lora_extension() -> ModuleType:
     return networks
 
 
+def listed(entry: Any) -> Listed:
+    """The host's entry for a file, as the pool's entries and the options know it."""
+    networks = lora_extension()
+    path = path_below(os.path.abspath(entry.filename), os.path.abspath(shared.cmd_opts.lora_dir))
+    ambiguous = entry.alias.lower() in networks.forbidden_network_aliases
+    return Listed(entry.name, entry.filename, path, "" if ambiguous else entry.alias, entry.metadata)
+
+
 def listed_loras() -> list[Listed]:
     """Every LoRA that the host lists, sorted by path."""
-    networks = lora_extension()
-    folder = os.path.abspath(shared.cmd_opts.lora_dir)
-    listed = []
-    for name, entry in list(networks.available_networks.items()):
-        path = path_below(os.path.abspath(entry.filename), folder)
-        ambiguous = entry.alias.lower() in networks.forbidden_network_aliases
-        listed.append(Listed(name, entry.filename, path, "" if ambiguous else entry.alias, entry.metadata))
-    return sorted(listed, key=lambda lora: lora.path)
+    entries = list(lora_extension().available_networks.values())
+    return sorted(map(listed, entries), key=lambda lora: lora.path)
 
 
 def list_anew() -> None:
@@ -54,6 +61,8 @@ def pool_of(generation: Generation, taken: Iterable[str]) -> list[Member]:
     except SettingsError:
         list_anew()
         members = resolve(settings.pool, listed_loras(), settings.pool_weight)
+    sized = [replace(member, lora=replace(member.lora, size=os.path.getsize(member.lora.file))) for member in members]
+    check_size(sized, most_files(), most_bytes())
     return [member for member in members if member.lora.file not in taken]
 
 
@@ -76,6 +85,21 @@ def tell_of_loras(generation: Generation, loaded: Sequence[str]) -> None:
         generation.note(f"composed without {', '.join(missing)}: not found, or it failed to load")
     if len(set(loaded)) < len(loaded):
         generation.note("a LoRA named more than once takes part once, at its last multiplier")
+
+
+def check_tags(p: Any) -> bool:
+    """Whether the prompts, as they are before any script has acted, name a LoRA; raises `SettingsError` for a part of a
+    tag that is not allowed."""
+    _, tags = extra_networks.parse_prompts([*p.all_prompts, *getattr(p, "all_hr_prompts", ())])
+    for params in tags.get("lora", ()):
+        parts_of_tag(params.items)
+    return bool(tags.get("lora"))
+
+
+def tell_of_merge(generation: Generation) -> None:
+    """Note what tags ask for and the sum of the LoRAs' weights cannot have."""
+    if any(parts_of_tag(params.items) for params in asked_loras(generation.p)) or generation.settings.loras:
+        generation.note("method merge knows no place, share or steps of a LoRA: all act everywhere, all the time")
 
 
 def tell_of_none(generation: Generation) -> None:
@@ -140,7 +164,35 @@ def forget_conditionings(p: Any) -> None:
                 cache[:] = [None] * len(cache)
 
 
-def plan_step(generation: Generation, method: Method, denoiser: Any, n: int, members: Sequence[int]) -> Plan:
-    """The plan for the denoiser's next model call; outside the window from start to end the LoRAs act merged."""
-    inside = generation.settings.composes_at(denoiser.step / denoiser.total_steps)
-    return method.plan(denoiser.step, n, members) if inside else Plan(host=Plan.MERGED)
+def claims_on(generation: Generation, loras: Sequence[Listed]) -> list[Claim]:
+    """Where, when and how much each of the active LoRAs may act, in their order; what cannot be so is noted."""
+    items = {params.positional[0]: tuple(params.items) for params in asked_loras(generation.p)}
+    tagged = [Tagged(lora, next((items[name] for name in lora.names if name in items), ())) for lora in loras]
+    claims = claims_of(generation.settings, tagged)
+    for unused in claims.unused:
+        generation.note(f"{unused} is no LoRA of this image")
+    method = generation.settings.method
+    if method == "switch" and any(claim.placed or claim.share != 1 for claim in claims.each):
+        generation.note("method switch knows no place and no share of a LoRA: whose turn it is has the whole image")
+    return list(claims.each)
+
+
+def plan_step(
+    generation: Generation, method: Method, denoiser: Any, claims: Sequence[Claim], acting: Iterable[int] | None = None
+) -> Plan:
+    """The plan for the denoiser's next model call, of the LoRAs with these ``claims``; ``acting`` are those that do
+    anything at all (None: all). Outside the window from start to end the LoRAs act merged."""
+    progress = denoiser.step / denoiser.total_steps
+    if not generation.settings.composes_at(progress):
+        return Plan(host=Plan.MERGED)
+    acting = range(len(claims)) if acting is None else acting
+    members = [index for index in acting if claims[index].acts_at(progress)]
+    placed = any(claims[index].placed for index in members)
+    return method.plan(denoiser.step, len(claims), members, placed)
+
+
+def claimed(plan: Plan, claims: Sequence[Claim], like: Tensor) -> dict[str, Tensor | None]:
+    """Where and how much the plan's members may act in latents of the size and on the device of ``like``."""
+    members = [claims[index] for index in plan.members]
+    found = {"place": place_of(members, *like.shape[-2:]), "share": share_of(members)}
+    return {name: None if each is None else each.to(like.device) for name, each in found.items()}

@@ -22,6 +22,11 @@ DEFAULTS = {
 }
 
 
+class OptionInfo:
+    def __init__(self, default: Any = None, label: str = "", component: Any = None, component_args: Any = None, **_):
+        self.default = default
+
+
 class Options:
     """What the user has set, over the defaults."""
 
@@ -36,6 +41,9 @@ class Options:
 
     def __setattr__(self, name: str, value: Any) -> None:
         self.set(name, value)
+
+    def add_option(self, name: str, info: "OptionInfo") -> None:
+        DEFAULTS[name] = info.default
 
     def set(self, name: str, value: Any) -> None:
         if name not in DEFAULTS:

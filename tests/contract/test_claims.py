@@ -1,0 +1,148 @@
+"""Where, when and how much each LoRA acts, and LoRAs in every pass: in a WebUI, by tags and by options."""
+
+import numpy as np
+import pytest
+
+from tests.contract.rows import TOLERANCE, TWO, largest, mean
+from tests.live.webui import RequestError, encode_image
+
+CAT = "a cat on a hill"
+HIRES = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7}
+
+
+def same(first, second, tolerance: int = 0) -> bool:
+    return largest(first.images, second.images) <= tolerance
+
+
+@pytest.fixture(autouse=True)
+def the_host_comes_back_as_it_was(contract):
+    before = contract.plain(prompt=TWO), contract.plain(prompt=CAT)
+    yield
+    assert same(before[0], contract.plain(prompt=TWO))
+    assert same(before[1], contract.plain(prompt=CAT))
+
+
+@pytest.mark.parametrize("parts", [":at=left", ":share=2", ":steps=0-0.5", ":base=1", ":at=0-0-0.3-1:steps=0.2-1"])
+def test_unticked_the_parts_mean_nothing(contract, parts):
+    assert same(contract.plain(prompt=TWO), contract.plain(prompt=TWO.replace("lora:1>", f"lora:1{parts}>")))
+
+
+@pytest.mark.parametrize("request_", [{}, HIRES, {"sampler_name": "DDIM"}, {"batch_size": 2}], ids=str)
+def test_alone_in_a_place_it_acts_there_and_the_bare_model_elsewhere(contract, request_):
+    """Not exactly so beyond the first step: what is on the left is seen from the right."""
+    request_ = {**request_, "steps": 1 if request_ != HIRES else 2}
+    bare = contract.composed(prompt=f"{CAT} <lora:lora:0>", **request_).images
+    whole = contract.composed(prompt=f"{CAT} <lora:lora:1>", **request_).images
+    left = contract.composed(prompt=f"{CAT} <lora:lora:1:at=left>", **request_).images
+    width = left[0].shape[1]
+    of_the_left, of_the_right = slice(0, width // 4), slice(width * 3 // 4, width)
+    if request_ != {**HIRES, "steps": 2}:
+        for image, other in zip(left, whole):
+            assert np.abs(image[:, of_the_left].astype(int) - other[:, of_the_left]).max() <= 1
+        for image, other in zip(left, bare):
+            assert np.abs(image[:, of_the_right].astype(int) - other[:, of_the_right]).max() <= 1
+    assert mean(left, whole) > 0.5 and mean(left, bare) > 0.5
+
+
+def test_tags_and_options_say_the_same(contract):
+    tagged = contract.composed(prompt=f"{CAT} <lora:lora:1:at=left:share=2> <lora:locon:0.8:steps=0.2-1>")
+    options = {"loras": {"lora": {"at": "left", "share": 2}, "locon": {"steps": "0.2-1"}}}
+    assert same(tagged, contract.composed(options, prompt=TWO))
+    assert mean(tagged.images, contract.composed(prompt=TWO).images) > 0.5
+
+
+def test_a_mask_is_a_place(contract):
+    white = np.zeros((64, 64, 3), np.uint8)
+    white[:, :32] = 255
+    masked = contract.composed({"loras": {"lora": {"mask": encode_image(white)}}}, prompt=TWO)
+    sharp = contract.composed({"loras": {"lora": {"at": "left"}}}, prompt=TWO)
+    assert mean(masked.images, sharp.images) < mean(masked.images, contract.composed(prompt=TWO).images)
+
+
+def test_the_infotext_brings_the_options_back(contract):
+    options = {"loras": {"lora": {"at": "left", "steps": "0-0.5"}}, "everywhere": ["unet_only"]}
+    composed = contract.composed(options, prompt=f"{TWO} <lora:unet_only:0.5>")
+    try:
+        again = contract.generate({"infotext": composed.infotext, "prompt": f"{TWO} <lora:unet_only:0.5>"})
+    except RequestError as error:
+        if contract.host in ("double", "a1111"):
+            raise
+        pytest.skip(f"this host's API cannot read even a plain image's infotext: {error}")
+    assert same(composed, again)
+
+
+def test_shares_move_the_weights(contract):
+    def picked(share):
+        composed = contract.composed({"top_k": 2, "loras": {"lora": {"share": share}}}, prompt=TWO)
+        steps = composed.info["extra_generation_params"]["LoRAtorio steps"]
+        return np.mean(steps["shares"], axis=(0, 1))[steps["loras"].index("lora")]
+
+    shares = [picked(share) for share in (0.01, 1, 100)]
+    assert shares == sorted(shares) and shares[0] < 0.2 and shares[-1] > 0.8
+
+
+def test_outside_its_steps_it_takes_no_part_and_costs_nothing(contract):
+    composed = contract.composed({"top_k": 2}, prompt=f"{CAT} <lora:lora:1> <lora:locon:0.8:steps=0-0.5>", steps=8)
+    steps = composed.info["extra_generation_params"]["LoRAtorio steps"]
+    late = np.array(steps["shares"])[0, 4:, steps["loras"].index("locon")]
+    assert np.all(late == 0)
+    before = len(contract.webui.log())
+    scripts = {"LoRAtorio": {"args": [{"enabled": True}]}}
+    scripts["LoRAtorio sabotage"] = {"args": [{"error": "memory", "rows": 4, "step": 6}]}
+    contract.generate({"prompt": f"{CAT} <lora:lora:1> <lora:locon:0.8:steps=0-0.5>", "steps": 8}, scripts)
+    assert "Out of memory" not in contract.webui.log()[before:]
+
+
+@pytest.mark.parametrize("request_", [{}, HIRES, {"sampler_name": "DDIM"}, {"n_iter": 2}], ids=str)
+@pytest.mark.parametrize("name", ["rank_16_half", "lora", "dora"])
+def test_a_lora_in_every_pass_beside_one_is_the_hosts_sum_of_both(contract, name, request_):
+    """With base share 0 and one LoRA that claims, the method gives that LoRA alone, over all the rest."""
+    tag = f"<lora:{name}:0.6>"
+    merged = contract.plain(prompt=f"{CAT} {tag} <lora:locon:0.8>", **request_)
+    options = {"base_share": 0.0}
+    by_tag = contract.composed(options, prompt=f"{CAT} <lora:{name}:0.6:base=1> <lora:locon:0.8>", **request_)
+    by_option = contract.composed({**options, "everywhere": [name]}, prompt=f"{CAT} {tag} <lora:locon:0.8>", **request_)
+    assert same(merged, by_tag, TOLERANCE) and same(by_tag, by_option)
+    assert mean(merged.images, contract.plain(prompt=f"{CAT} <lora:locon:0.8>", **request_).images) > 0.5
+
+
+def test_loras_in_every_pass_alone_are_the_hosts_image(contract):
+    prompt = f"{CAT} <lora:lora:1:base=1>"
+    composed = contract.composed(prompt=prompt)
+    assert same(contract.plain(prompt=prompt), composed)
+    assert "LoRAtorio note: " in composed.infotext
+
+
+def test_a_lora_of_the_pool_in_every_pass(contract):
+    pooled = contract.composed({"pool": ["unet_only:0.6"], "everywhere": ["unet_only"]}, prompt=TWO)
+    assert same(pooled, contract.composed(prompt=f"{TWO} <lora:unet_only:0.6:base=1>"), TOLERANCE)
+
+
+BAD = {
+    "<lora:lora:1:at=lft>": "at",
+    "<lora:lora:1:share=0>": "share",
+    "<lora:lora:1:steps=0.5-0.2>": "steps",
+    "<lora:lora:1:base=maybe>": "base",
+    "<lora:lora:1:base=1:at=left>": "at",
+}
+
+
+@pytest.mark.parametrize("tag", BAD)
+def test_a_bad_part_is_refused_with_its_tag(contract, tag):
+    with pytest.raises(RequestError) as caught:
+        contract.composed(prompt=f"{CAT} {tag}")
+    assert caught.value.status == 422
+    assert BAD[tag] in caught.value.body and tag.strip("<>") in caught.value.body
+
+
+def test_options_for_a_lora_that_is_not_there_are_said(contract):
+    composed = contract.composed({"loras": {"nobody": {"at": "left"}}}, prompt=TWO)
+    assert same(composed, contract.composed(prompt=TWO))
+    assert "loras.nobody" in composed.infotext
+
+
+@pytest.mark.parametrize("method", ["switch", "merge"])
+def test_a_method_that_knows_no_place_says_so(contract, method):
+    composed = contract.composed({"method": method}, prompt=f"{CAT} <lora:lora:1:at=left> <lora:locon:0.8>")
+    assert same(composed, contract.composed({"method": method}, prompt=TWO))
+    assert f"method {method} knows no place" in composed.infotext
