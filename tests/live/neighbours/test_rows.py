@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 import pytest
 
-from tests.contract.rows import TOLERANCE, largest, mean
+from tests.contract.rows import TOLERANCE
 from tests.live.neighbours import conftest
 from tests.live.neighbours.company import Difference, refusal
 from tests.live.neighbours.folder import NEIGHBOURS, version
@@ -55,7 +55,8 @@ def report(row: Row, found: dict[str, Found]) -> dict:
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
 def test_row(company, row):
     host = company.by_itself(*row.request(row.one)).images
-    assert mean(host, company.by_itself(*row.request(row.without)).images) > VISIBLE, "the LoRA is not seen"
+    no_lora = company.by_itself(*row.request(row.without)).images
+    assert Difference.of(host, no_lora).mean > VISIBLE, "the LoRA is not seen"
     if row.unlike is not None:
         without = company.by_itself(*row.request_without_neighbour(row.one)).images
         assert Difference.of(host, without).mean > VISIBLE, "the neighbour is not seen"
@@ -87,8 +88,8 @@ def test_brute_force(company, row):
     assert Difference.of(host, trusted).rounding, "the reference itself is not right in this company"
     composed = company.composed(*row.request(row.two)).images
     reference = company.brute_force(*row.request(row.two)).images
-    assert largest(composed, reference) <= TOLERANCE
-    assert mean(composed, company.by_itself(*row.request(row.two)).images) > VISIBLE
+    assert Difference.of(composed, reference).largest <= TOLERANCE
+    assert Difference.of(composed, company.by_itself(*row.request(row.two)).images).mean > VISIBLE
 
 
 CHOSEN = {
@@ -120,4 +121,4 @@ def test_options(company, row, options):
     two = company.composed(*row.request(row.two), **options).images
     if row.brute_force:
         reference = company.brute_force(*row.request(row.two), **options).images
-        assert largest(two, reference) <= TOLERANCE
+        assert Difference.of(two, reference).largest <= TOLERANCE
