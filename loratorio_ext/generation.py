@@ -59,8 +59,8 @@ class Host(Protocol):
     def interrupt(self) -> None:
         """Make the host stop sampling soon."""
 
-    def interrupted(self) -> bool:
-        """Whether sampling was told to stop, by whomever."""
+    def sampled(self, p: Any) -> bool:
+        """Whether the host has called its model in the pass at hand."""
 
     def clean_up(self, p: Any) -> None:
         """After an error: let every script put back what it has hooked into the host."""
@@ -205,7 +205,7 @@ class Generation:
 
     def confirm(self) -> None:
         """Fail where the pass under way went by without us."""
-        if self._sampling is not None and not self._sampling.steps and not self.host.interrupted():
+        if self._sampling is not None and not self._sampling.steps and self.host.sampled(self.p):
             self.fail(UnsupportedError("LoRAtorio: the WebUI sampled without ever asking for the composition"))
 
     def close(self) -> None:

@@ -60,11 +60,11 @@ from loratorio_ext.hosts.webui import (
     encode,
     forget_conditionings,
     interrupt,
-    interrupted,
     lora_extension,
     plan_step,
     pool_of,
     prompts_of_pass,
+    sampled,
     tags_of_pass,
     tell_of_loras,
     tell_of_merge,
@@ -72,7 +72,7 @@ from loratorio_ext.hosts.webui import (
 )
 from loratorio_ext.isolation import ROWS_OF_A_POOL, CudaMemory, IsolatedCalls, Isolation, Row
 
-__all__ = ["check", "clean_up", "forget_conditionings", "interrupt", "interrupted", "open_sampling"]
+__all__ = ["check", "clean_up", "forget_conditionings", "interrupt", "open_sampling", "sampled"]
 
 logger = logging.getLogger("loratorio")
 

@@ -30,18 +30,18 @@ from loratorio_ext.hosts.webui import (
     encode,
     forget_conditionings,
     interrupt,
-    interrupted,
     leave_out,
     lora_extension,
     plan_step,
     pool_of,
     prompts_of_pass,
+    sampled,
     tell_of_loras,
     tell_of_none,
 )
 from loratorio_ext.isolation import ROWS_OF_A_POOL, BatchedCalls, Isolation, Row, in_main_memory
 
-__all__ = ["check", "clean_up", "forget_conditionings", "interrupt", "interrupted", "open_sampling"]
+__all__ = ["check", "clean_up", "forget_conditionings", "interrupt", "open_sampling", "sampled"]
 
 logger = logging.getLogger("loratorio")
 

@@ -143,9 +143,9 @@ def interrupt() -> None:
     shared.state.interrupt()
 
 
-def interrupted() -> bool:
-    """Whether the user, or an error of ours, has told the host to stop."""
-    return bool(shared.state.interrupted or shared.state.skipped)
+def sampled(p: Any) -> bool:
+    """Whether the host has called its model in the pass at hand; a sampler may have no step to make."""
+    return p.sampler.model_wrap_cfg.step > 0
 
 
 def clean_up(p: Any) -> None:

@@ -204,3 +204,9 @@ def test_an_error_in_the_second_pass_reaches_the_user(contract):
         sabotaged(contract, {"error": "runtime", "step": 8}, **payload)
     assert "sabotaged" in caught.value.body
     assert equal(before, contract.plain(**payload))
+
+
+def test_a_sampler_without_a_step_to_make_is_the_hosts_own_business(contract):
+    """DDIM of one step calls no model, so there is nothing that a composition could be missing from."""
+    payload = {"prompt": TWO, "sampler_name": "DDIM", "steps": 1}
+    assert equal(contract.plain(**payload), contract.composed(**payload))

@@ -27,7 +27,7 @@ def test_unticked_the_parts_mean_nothing(contract, parts):
     assert same(contract.plain(prompt=TWO), contract.plain(prompt=TWO.replace("lora:1>", f"lora:1{parts}>")))
 
 
-@pytest.mark.parametrize("request_", [{}, HIRES, {"sampler_name": "DDIM"}, {"batch_size": 2}], ids=str)
+@pytest.mark.parametrize("request_", [{}, HIRES, {"sampler_name": "Euler a"}, {"batch_size": 2}], ids=str)
 def test_alone_in_a_place_it_acts_there_and_the_bare_model_elsewhere(contract, request_):
     """Not exactly so beyond the first step: what is on the left is seen from the right."""
     request_ = {**request_, "steps": 1 if request_ != HIRES else 2}
@@ -78,7 +78,7 @@ def test_shares_move_the_weights(contract):
         return np.mean(steps["shares"], axis=(0, 1))[steps["loras"].index("lora")]
 
     shares = [picked(share) for share in (0.01, 1, 100)]
-    assert shares == sorted(shares) and shares[0] < 0.2 and shares[-1] > 0.8
+    assert shares[0] + 0.1 < shares[1] < shares[2] - 0.1
 
 
 def test_outside_its_steps_it_takes_no_part_and_costs_nothing(contract):

@@ -333,3 +333,96 @@ def test_embeddings_in_a_pools_files_are_known_to_their_own_lora_alone(webui, pl
         webui.txt2img(prompt=PROMPT)
         (folder / "bundled.safetensors").unlink()
         webui.module("networks").list_available_networks()
+
+
+def test_a_pass_that_never_asks_for_the_composition_is_an_error(webui, monkeypatch):
+    """As on a host that takes no notice of what is registered with it."""
+    callbacks = webui.module("modules.script_callbacks")
+    monkeypatch.setattr(callbacks, "on_cfg_denoiser", lambda callback: None)
+    with pytest.raises(RequestError) as caught:
+        webui.txt2img(prompt=TWO, alwayson_scripts={"LoRAtorio": {"args": [True]}})
+    assert caught.value.status == 422
+    assert "without ever asking for the composition" in caught.value.body
+
+
+def test_the_pools_limits_are_the_hosts_settings(webui):
+    shared, limits = webui.module("modules.shared"), webui.module("loratorio_ext.hosts.limits")
+    options = {"enabled": True, "pool": ["rank_*", "locon"]}
+    for name, value in ((limits.MOST_FILES, 2), (limits.MOST_GIB, 1e-6)):
+        shared.opts.set(name, value)
+        try:
+            with pytest.raises(RequestError) as caught:
+                webui.txt2img(prompt=PROMPT, alwayson_scripts={"LoRAtorio": {"args": [options]}})
+            assert caught.value.status == 422 and "rank_*" in caught.value.body
+        finally:
+            shared.opts.data.pop(name)
+
+
+def test_a_pools_files_are_read_once(webui, monkeypatch):
+    """And anew when they change; those that no pool needs any more are forgotten."""
+    networks, read = webui.module("networks"), []
+    load = networks.load_network
+    monkeypatch.setattr(networks, "load_network", lambda name, entry: read.append(name) or load(name, entry))
+
+    def pooled(*pool):
+        read.clear()
+        webui.txt2img(prompt=PROMPT, alwayson_scripts={"LoRAtorio": {"args": [{"enabled": True, "pool": pool}]}})
+        return sorted(read)
+
+    pooled("text_only")
+    assert pooled("rank_1", "locon") == ["locon", "rank_1"]
+    assert pooled("rank_1", "locon:0.5") == []
+    path = webui.data / "models" / "Lora" / "rank_1.safetensors"
+    path.touch()
+    assert pooled("rank_1") == ["rank_1"]
+    assert pooled("locon") == ["locon"]
+
+
+def damaged(webui, name, change):
+    """A copy of a LoRA's file with one of the UNet's matrices changed."""
+    folder = webui.data / "models" / "Lora"
+    tensors = load_file(folder / "lora.safetensors")
+    for key in tensors:
+        if "unet" in key and "lora_up" in key:
+            tensors[key] = change(tensors[key])
+    save_file(tensors, folder / f"{name}.safetensors")
+    return folder / f"{name}.safetensors"
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_numbers_that_are_none_are_refused_with_the_files_name(webui, number):
+    path = damaged(webui, "damaged", lambda tensor: torch.full_like(tensor, number))
+    try:
+        with pytest.raises(RequestError) as caught:
+            webui.txt2img(prompt=f"{TWO} <lora:damaged:1>", alwayson_scripts={"LoRAtorio": {"args": [True]}})
+        assert caught.value.status == 422 and str(path) in caught.value.body
+        script = {"LoRAtorio": {"args": [{"enabled": True, "pool": ["damaged", "rank_1"]}]}}
+        pooled = webui.txt2img(prompt=PROMPT, alwayson_scripts=script)
+        assert "damaged is left out of the pool" in pooled.infotext
+    finally:
+        path.unlink()
+
+
+def test_a_file_of_zeros_takes_no_share(webui):
+    path = damaged(webui, "nothing", torch.zeros_like)
+    scripts = {"LoRAtorio": {"args": [{"enabled": True, "preset": "paper"}]}}
+    try:
+        prompt = f"{PROMPT} <lora:down_blocks:1> <lora:nothing:0:1>"
+        found = webui.txt2img(prompt=prompt, alwayson_scripts=scripts)
+        alone = webui.txt2img(prompt=f"{PROMPT} <lora:down_blocks:1>", alwayson_scripts=scripts)
+        assert difference(found, alone) == 0
+    finally:
+        path.unlink()
+
+
+def test_two_loras_of_one_name_are_told_apart(webui):
+    """By their places below the LoRA folder, as soon as both take part."""
+    module = webui.module("loratorio_ext.hosts.a1111_loras")
+
+    class Found:
+        def __init__(self, path):
+            self.network_on_disk = webui.module("networks").NetworkOnDisk("a", str(path))
+
+    folder = webui.data / "models" / "Lora"
+    assert module.labels([Found(folder / "a.safetensors"), Found(folder / "sub" / "a.safetensors")]) == ["a", "sub/a"]
+    assert module.labels([Found(folder / "sub" / "a.safetensors")]) == ["a"]
