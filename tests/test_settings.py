@@ -619,3 +619,8 @@ class TestInfotext:
     def test_an_empty_window_is_refused(self):
         with pytest.raises(SettingsError, match="start"):
             Settings.from_infotext({"LoRAtorio start": "0.9", "LoRAtorio end": "0.1"})
+
+
+def test_no_default_is_a_container_that_python_3_10_refuses():
+    defaults = [field.default for field in dataclasses.fields(Settings)]
+    assert not [default for default in defaults if isinstance(default, (list, dict, set))]
