@@ -16,7 +16,7 @@ from tests.live.neighbours.company import Company, Difference
 from tests.live.neighbours.control_models import DETECTOR, write_control_models
 from tests.live.neighbours.folder import NEIGHBOURS, present, require
 from tests.live.neighbours.report import table
-from tests.live.neighbours.rows import EVERYBODY
+from tests.live.neighbours.rows import EVERYBODY, Row
 from tests.live.webui import RequestError, host_python, prepare_data_dir
 
 HERE = Path(__file__).parent
@@ -145,13 +145,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]):
         items[place] = item
 
 
-def pytest_sessionfinish(session):
-    """Write what the run found out to the file that ``LORATORIO_NEIGHBOURS_RESULTS`` names, beside what is there."""
-    path = os.environ.get("LORATORIO_NEIGHBOURS_RESULTS")
-    if path and results:
+def record(row: Row, result: dict) -> None:
+    """Keep what was found out of a row, and write it to the file that ``LORATORIO_NEIGHBOURS_RESULTS`` names, beside
+    what is there."""
+    results[row.name] = result
+    if path := os.environ.get("LORATORIO_NEIGHBOURS_RESULTS"):
         file = Path(path)
         before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        file.write_text(json.dumps(before | results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(before | results, indent=1, ensure_ascii=False)
+        file.write_text(text + "\n", encoding="utf-8")
 
 
 def pytest_terminal_summary(terminalreporter):
