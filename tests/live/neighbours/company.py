@@ -64,6 +64,8 @@ class Company:
     def webui(self) -> WebUI:
         if self._webui is None:
             self._webui = self._server().__enter__()
+            # Some neighbours read how many steps the generation before had.
+            self._webui.txt2img(steps=STEPS)
         return self._webui
 
     def close(self) -> None:
