@@ -36,7 +36,9 @@ SETS = {
 """Who shares a server with whom: those that change nothing of the host until they are asked to."""
 
 LORAS = [recipe for recipe in CATALOGUE if recipe.name in ("lora", "locon", "unet_only", "dora")]
-OUTPUT_BLOCKS = Recipe("output_blocks", "lora", 1, 0.15, layers="lora_te|up_blocks")
+ATTENTION = Recipe("attention", "lora", 1, 0.15, layers="lora_te|attentions")
+OUTPUT_BLOCKS = Recipe("output_blocks", "lora", 1, 0.15, layers="lora_te|up_blocks.*attentions")
+"""The layers that LoRA Block Weight's presets speak of: all of them, and those that ``OUTALL`` keeps."""
 
 results: dict[str, dict] = {}
 """What the run found out, by row."""
@@ -63,7 +65,7 @@ def stock(tmp_path_factory) -> tuple[Path, Path]:
 
     by_host(HERE.parent / "tiny_checkpoints.py", "--host", host, "--out", models / "Stable-diffusion", FAMILY)
     checkpoint = models / "Stable-diffusion" / f"tiny-{FAMILY}.safetensors"
-    write_catalogue(checkpoint, models / "Lora", [*LORAS, OUTPUT_BLOCKS])
+    write_catalogue(checkpoint, models / "Lora", [*LORAS, ATTENTION, OUTPUT_BLOCKS])
     shutil.copy(models / "Lora" / "lora.safetensors", models / "Lora" / "twin.safetensors")
     write_loras_that_do_nothing(models / "Lora")
     if "controlnet" in present():
