@@ -295,8 +295,8 @@ LORACTL = [
     Row(
         "loractl",
         "a rising weight",
-        payload={"prompt": "a cat on a hill <lora:lora:0@0,1@1>"},
-        two="a cat on a hill <lora:lora:0@0,1@1> <lora:locon:1@0,0@1>",
+        payload={"prompt": "a cat on a hill <lora:lora:0.3@0,1@0.5>"},
+        two="a cat on a hill <lora:lora:0.3@0,1@0.5> <lora:locon:1@0,0@1>",
         brute_force=True,
         unlike={"prompt": "a cat on a hill <lora:lora:1>"},
     ),
