@@ -17,8 +17,8 @@ def test_document_is_made_from_the_results():
     assert DOCUMENT.read_text(encoding="utf-8") == made
 
 
-def test_results_are_of_the_rows_there_are():
-    assert set(results()) == {row.name for row in TABLE}
+def test_results_are_of_rows_that_there_are():
+    assert set(results()) <= {row.name for row in TABLE}
 
 
 def test_no_two_rows_have_one_name():

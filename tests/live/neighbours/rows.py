@@ -256,6 +256,7 @@ REGIONAL_PROMPTER = [
         "Latent, the LoRA in one region",
         regional_prompter("Latent"),
         {"prompt": "a cat <lora:lora:0.8> BREAK a hill"},
+        expected=REFUSES,  # the LoRAs act where it says, call by call
         two="",
     ),
     Row(
@@ -263,6 +264,7 @@ REGIONAL_PROMPTER = [
         "Latent, batch of 2",
         regional_prompter("Latent"),
         {"prompt": "a cat <lora:lora:0.8> BREAK a hill", "batch_size": 2},
+        expected=REFUSES,  # the LoRAs act where it says, call by call
         two="",
     ),
 ]
@@ -297,6 +299,14 @@ LORACTL = [
         "a rising weight",
         payload={"prompt": "a cat on a hill <lora:lora:0.3@0,1@0.5>"},
         two="a cat on a hill <lora:lora:0.3@0,1@0.5> <lora:locon:1@0,0@1>",
+        brute_force=True,
+        unlike={"prompt": "a cat on a hill <lora:lora:1>"},
+    ),
+    Row(
+        "loractl",
+        "a weight that starts at zero",
+        payload={"prompt": "a cat on a hill <lora:lora:0@0,2@0.5>"},
+        two="a cat on a hill <lora:lora:0@0,2@0.5> <lora:locon:0.8>",
         brute_force=True,
         unlike={"prompt": "a cat on a hill <lora:lora:1>"},
     ),
