@@ -125,6 +125,9 @@ class Row:
     two: str = TWO
     """the prompt with two LoRAs; empty: a prompt with two has no meaning in this mode"""
 
+    always: bool = True
+    """whether the first LoRA acts in every step: where it does not, it has no turn"""
+
     brute_force: bool = False
     """whether the brute-force reference itself is right in this company (a test asks it, too)"""
 
@@ -307,6 +310,7 @@ LORACTL = [
         "a weight that starts at zero",
         payload={"prompt": "a cat on a hill <lora:lora:0@0,2@0.5>"},
         two="a cat on a hill <lora:lora:0@0,2@0.5> <lora:locon:0.8>",
+        always=False,
         brute_force=True,
         unlike={"prompt": "a cat on a hill <lora:lora:1>"},
     ),

@@ -28,9 +28,12 @@ Found = Difference | RequestError
 
 def attempts(row: Row) -> dict[str, tuple[str, dict]]:
     """Prompts and options that must all give the host's own image of one LoRA."""
-    one = {"one LoRA": (row.one, {"base_share": 0})}
-    two = {"it and its copy": (row.twins, {"base_share": 0}), "the first of two": (row.two, FIRST)}
-    return one | two if row.two and row.expected == RIGHT else one
+    found = {"one LoRA": (row.one, {"base_share": 0})}
+    if row.two and row.expected == RIGHT:
+        found["it and its copy"] = row.twins, {"base_share": 0}
+        if row.always:
+            found["the first of two"] = row.two, FIRST
+    return found
 
 
 def outcome(row: Row, found: Found) -> str:
