@@ -279,9 +279,16 @@ TILED_DIFFUSION = [
     Row("multidiffusion", "Mixture of Diffusers, tile batch 4", tiled("Mixture of Diffusers"), LARGE),
     Row("multidiffusion", "batch of 2", tiled("MultiDiffusion"), LARGE | {"batch_size": 2}, brute_force=True),
     Row("multidiffusion", "DDIM", tiled("MultiDiffusion"), LARGE | {"sampler_name": "DDIM"}),
-    Row("multidiffusion", "Region Prompt Control", tiled("MultiDiffusion", 4, BESIDE), LARGE),
-    Row(
-        "multidiffusion", "Region Prompt Control, Mixture of Diffusers", tiled("Mixture of Diffusers", 4, BESIDE), LARGE
+    *(
+        Row(
+            "multidiffusion",
+            f"Region Prompt Control, {method}",
+            tiled(method, 4, BESIDE),
+            LARGE,
+            expected=REFUSES,  # regions have texts and LoRAs of their own
+            two="",
+        )
+        for method in ("MultiDiffusion", "Mixture of Diffusers")
     ),
     Row(
         "multidiffusion", "beside ControlNet", tiled("MultiDiffusion") | controlnet(unit()), LARGE, also=("controlnet",)

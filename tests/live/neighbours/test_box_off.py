@@ -19,7 +19,11 @@ pytestmark = pytest.mark.live
 ROWS = [
     *(row for row in CONTROLNET if row.mode in ("Balanced", "ControlNet is more important", "hires", "reference_only")),
     *(row for row in REGIONAL_PROMPTER if row.mode in ("Attention", "Latent, the LoRA in one region")),
-    *(row for row in TILED_DIFFUSION if row.mode in ("MultiDiffusion, tile batch 4", "Region Prompt Control")),
+    *(
+        row
+        for row in TILED_DIFFUSION
+        if row.mode in ("MultiDiffusion, tile batch 4", "Region Prompt Control, MultiDiffusion")
+    ),
     *LORACTL[:1],
     *BLOCK_WEIGHT[:3],
     *ADETAILER[:2],

@@ -10,7 +10,6 @@ import pytest
 from tests.contract.rows import TOLERANCE
 from tests.live.neighbours.company import Difference
 from tests.live.neighbours.rows import (
-    BESIDE,
     LARGE,
     ONE,
     TWO,
@@ -87,12 +86,6 @@ EQUIVALENCES = [
             (tiled(method, 4), LARGE | {"prompt": TWO}),
         )
         for method in ("MultiDiffusion", "Mixture of Diffusers")
-    ),
-    Equivalence(
-        "multidiffusion",
-        "Region Prompt Control: tile batch 1 is tile batch 4",
-        (tiled("MultiDiffusion", 1, BESIDE), LARGE | {"prompt": TWO}),
-        (tiled("MultiDiffusion", 4, BESIDE), LARGE | {"prompt": TWO}),
     ),
     Equivalence(
         "loractl",
