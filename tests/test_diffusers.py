@@ -2,6 +2,8 @@
 
 import json
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from itertools import product
@@ -13,19 +15,21 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
+import accelerate
 from diffusers.hooks import HookRegistry, ModelHook
 from safetensors.torch import load_file, save_file
 
 from loratorio_ext.core import Plan
 from loratorio_ext.errors import FileFormatError, MissingFileError, SettingsError, UnsupportedError
 from loratorio_ext.hosts.diffusers import (
-    SAMPLERS,
     composed,
     load_lora,
     load_pipeline,
     predicted_noise,
     scheduler_for,
 )
+from loratorio_ext.samplers import SAMPLERS
+from loratorio_ext.settings import Settings
 from tests import oracle
 from tests.gauge import Gauge
 from tests.tiny_pipelines import FAMILIES, KINDS, LAYOUTS, draw_lora, make_pipeline, touched_layers, write_lora
@@ -508,6 +512,54 @@ class TestLoraFiles:
             load_lora(pipes["sd1"], path)
 
 
+def nothing(values):
+    """The LoRA with one factor all zero."""
+    return {name: value * 0 if "up" in name else value for name, value in values.items()}
+
+
+def alpha_zero(values):
+    return {name: value * 0 if name.endswith(".alpha") else value for name, value in values.items()}
+
+
+class TestInert:
+    """A LoRA that adds nothing takes no part."""
+
+    @pytest.mark.parametrize("change", [nothing, alpha_zero, lambda values: {}], ids=["zero", "alpha 0", "empty"])
+    @pytest.mark.parametrize("method", ["loratorio", "composite", "switch"])
+    def test_the_others_compose_as_without_it(self, pipes, files, tmp_path, change, method):
+        pipe, path = pipes["sd1"], tmp_path / "inert.safetensors"
+        save_file(change(load_file(files["sd1"][0])), path)
+        inert, others = load_lora(pipe, path), loras_of(pipe, files["sd1"])
+        options = OPTIONS if method == "loratorio" else {"switch_every": 1}
+        expected = generate(pipe, others, method=method, **options)
+        with composed(pipe, [others[0], inert, *others[1:]], method=method, **options) as composition:
+            assert torch.equal(pipe(**arguments(pipe)).images, expected)
+            assert composition.inert == ("inert",) and composition.loras == others
+        assert all(step.weights is None or len(step.weights) == 3 for step in composition.steps)
+
+    def test_alone_it_leaves_the_pipeline_as_it_is(self, pipes, files):
+        pipe = pipes["sd1"]
+        at_zero = load_lora(pipe, files["sd1"][0], 0.0)
+        assert torch.equal(generate(pipe, [at_zero]), pipe(**arguments(pipe)).images)
+
+
+class TestOffloading:
+    """Hooks of others that move weights about, as when memory is short; here from main memory to itself."""
+
+    def test_models(self, pipes, files):
+        expected = generate(pipes["sd1"], loras_of(pipes["sd1"], files["sd1"]), **OPTIONS)
+        pipe = make_pipeline("sd1")
+        pipe.enable_model_cpu_offload(device="cpu")
+        assert torch.equal(generate(pipe, loras_of(pipe, files["sd1"]), **OPTIONS), expected)
+
+    def test_layers_of_the_unet(self, pipes, files):
+        expected = generate(pipes["sd1"], loras_of(pipes["sd1"], files["sd1"]), **OPTIONS)
+        pipe = make_pipeline("sd1")
+        accelerate.cpu_offload(pipe.unet, torch.device("cpu"))
+        assert next(pipe.unet.parameters()).is_meta
+        assert torch.equal(generate(pipe, loras_of(pipe, files["sd1"]), **OPTIONS), expected)
+
+
 class TestUnsupported:
     def test_adapters_in_the_pipeline(self, files):
         pipe = make_pipeline("sd1")
@@ -521,6 +573,47 @@ class TestUnsupported:
         with pytest.raises(UnsupportedError, match="compiled unet"), composed(pipe, []):
             pass
 
+    def test_a_part_compiled_after_the_loras_were_loaded(self, files):
+        pipe = make_pipeline("sd1")
+        loras = loras_of(pipe, files["sd1"])
+        pipe.unet.mid_block = torch.compile(pipe.unet.mid_block)
+        with pytest.raises(UnsupportedError, match="compiled unet.mid_block"), composed(pipe, loras):
+            pass
+
+    def test_a_pipeline_composes_once_at_a_time(self, pipes, files):
+        pipe = pipes["sd1"]
+        loras, shared = loras_of(pipe, files["sd1"]), type(pipe)(**pipe.components, requires_safety_checker=False)
+        expected = generate(pipe, loras)
+        before = state(pipe)
+        with composed(pipe, loras):
+            for other in (pipe, shared):
+                with pytest.raises(UnsupportedError, match="composes already"), composed(other, loras):
+                    pass
+            assert torch.equal(pipe(**arguments(pipe)).images, expected)
+        assert_untouched(pipe, before)
+        with composed(shared, loras):
+            pass
+
+    def test_of_several_threads_one_composes(self, pipes, files):
+        pipe = pipes["sd1"]
+        loras, start, before = loras_of(pipe, files["sd1"]), threading.Barrier(8, timeout=60), state(pipe)
+
+        def enter(_):
+            start.wait()
+            try:
+                with composed(pipe, loras):
+                    start.wait()
+                    return "composed"
+            except UnsupportedError as error:
+                start.wait()
+                return str(error)
+
+        with ThreadPoolExecutor(8) as threads:
+            outcomes = list(threads.map(enter, range(8)))
+        assert outcomes.count("composed") == 1
+        assert all("composes already" in outcome for outcome in outcomes if outcome != "composed")
+        assert_untouched(pipe, before)
+
     def test_embeddings_instead_of_a_prompt(self, pipes, files):
         pipe = pipes["sd1"]
         embeddings = pipe.encode_prompt(PROMPT, "cpu", 1, True, NEGATIVE)
@@ -532,6 +625,13 @@ class TestUnsupported:
         with composed(pipe, silent, **OPTIONS):
             given = pipe(**call).images
         assert torch.equal(given, generate(pipe, silent, **OPTIONS))
+
+    @pytest.mark.parametrize("options", [{"loras": {"a": {"at": "left"}}}, {"everywhere": ["a"]}], ids=str)
+    def test_options_of_the_webuis_alone(self, pipes, options):
+        """Refused by name, instead of an image that differs in nothing."""
+        with pytest.raises(UnsupportedError, match=next(iter(options))):
+            with composed(pipes["sd1"], [], Settings(**options)):
+                pass
 
     def test_bad_options(self, pipes):
         with pytest.raises(SettingsError, match="patch_size"), composed(pipes["sd1"], [], patch_size=0):

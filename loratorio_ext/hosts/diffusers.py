@@ -18,7 +18,6 @@ to modular pipelines, which exist for SDXL only, and one sees neither the model'
 prediction into noise.
 """
 
-import inspect
 import json
 import math
 import textwrap
@@ -32,22 +31,41 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.hooks import HookRegistry, ModelHook
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load_single_file_checkpoint
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.utils.state_dict_utils import (
-    convert_state_dict_to_diffusers,
-    convert_state_dict_to_peft,
+    DIFFUSERS_OLD_TO_PEFT,
+    DIFFUSERS_TO_PEFT,
+    convert_state_dict,
     convert_unet_state_dict_to_peft,
 )
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from loratorio_ext.core import Plan, Predictions, method_from, patch_similarity
-from loratorio_ext.errors import FileFormatError, MissingFileError, SettingsError, UnsupportedError
-from loratorio_ext.isolation import ROWS_OF_A_POOL, CudaMemory, IsolatedCalls, Isolation, LowRank, Row
-from loratorio_ext.settings import Settings, nearest_name
+from loratorio_ext.errors import FileFormatError, SettingsError, UnsupportedError
+from loratorio_ext.hosts.diffusers_files import (
+    adapter_config,
+    check_checkpoint,
+    check_folder,
+    check_lora,
+    existing,
+    read_header,
+)
+from loratorio_ext.isolation import (
+    ROWS_OF_A_POOL,
+    CudaMemory,
+    IsolatedCalls,
+    Isolation,
+    LowRank,
+    Row,
+    is_finite,
+    is_inert,
+)
+from loratorio_ext.multipliers import check_multiplier
+from loratorio_ext.samplers import parse_sampler
+from loratorio_ext.settings import Settings
 
 UNET = "unet"
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -55,23 +73,6 @@ HOOK = "loratorio"
 
 
 # --- pipelines --------------------------------------------------------------------------------------------------------
-
-
-def existing(path: str | Path) -> Path:
-    """The path, or `MissingFileError`."""
-    path = Path(path)
-    if not path.exists():
-        raise MissingFileError(f"LoRAtorio: {path} does not exist")
-    return path
-
-
-def open_safetensors(path: str | Path) -> Any:
-    """The opened file, of which only the header is read; `FileFormatError` where it is no safetensors file."""
-    path = existing(path)
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise FileFormatError(f"LoRAtorio: {path} is not a safetensors file: {error}") from error
 
 
 def pipeline_class(checkpoint: Path, config: Path | None) -> type[DiffusionPipeline]:
@@ -91,65 +92,51 @@ def load_pipeline(path: str | Path, config: str | Path | None = None, dtype: tor
     path = existing(path)
     config = None if config is None else existing(config)
     for folder in filter(None, (path if path.is_dir() else None, config)):
-        if not (folder / "model_index.json").is_file():
-            raise FileFormatError(f"LoRAtorio: {folder} is not a diffusers folder: it has no model_index.json")
+        check_folder(folder)
     if not path.is_dir():
-        open_safetensors(path)
+        check_checkpoint(read_header(path))
     try:
-        if path.is_dir():
-            return DiffusionPipeline.from_pretrained(path, dtype=dtype, local_files_only=True)
-        kind = pipeline_class(path, config)
-        given = {} if config is None else {"config": str(config)}
-        return kind.from_single_file(str(path), dtype=dtype, local_files_only=True, **given)
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        if path.is_dir():  # other files than safetensors would be unpickled
+            pipe = DiffusionPipeline.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True)
+        else:
+            given = {} if config is None else {"config": str(config)}
+            kind = pipeline_class(path, config)
+            pipe = kind.from_single_file(str(path), dtype=dtype, local_files_only=True, **given)
+    except Exception as error:  # whatever diffusers stumbles over in files that are not what it expects
         hint = "" if path.is_dir() or config else " (config, a diffusers folder like it, makes up for what it lacks)"
-        raise FileFormatError(f"LoRAtorio: diffusers cannot load {path}{hint}: {error}") from error
+        why = textwrap.shorten(f"{type(error).__name__}: {error}", 600, placeholder=" …")
+        raise FileFormatError(f"LoRAtorio: diffusers cannot load {path}{hint}: {why}", value=str(path)) from error
+    check_numbers(pipe, path)
+    return pipe
 
 
-SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "DDIM": ("DDIMScheduler", {}),
-    "PLMS": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "Euler": ("EulerDiscreteScheduler", {}),
-    "Euler a": ("EulerAncestralDiscreteScheduler", {}),
-    "Heun": ("HeunDiscreteScheduler", {}),
-    "DPM2": ("KDPM2DiscreteScheduler", {}),
-    "DPM2 a": ("KDPM2AncestralDiscreteScheduler", {}),
-    "DPM++ 2M": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
-    "DPM++ 2M SDE": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
-    "UniPC": ("UniPCMultistepScheduler", {}),
-    "LCM": ("LCMScheduler", {}),
-}
-"""Diffusers' schedulers by the names that WebUIs give to samplers."""
+def all_finite(value: Tensor) -> bool:
+    """Whether no number is NaN or infinite; quick, since a sum of what is finite is, too, but for giants."""
+    if not value.is_floating_point() or value.is_meta:
+        return True
+    value = value.float() if value.element_size() == 1 else value  # float8 knows neither sum nor isfinite
+    return math.isfinite(value.sum(dtype=torch.float32).item()) or bool(value.isfinite().all())
 
 
-def parse_sampler(sampler: str) -> tuple[str, bool]:
-    """A sampler's name, and whether "Karras" is said after it."""
-    name = sampler.removesuffix(" Karras")
-    if name not in SAMPLERS:
-        hint = nearest_name(name, SAMPLERS)
-        raise SettingsError(f"LoRAtorio: there is no sampler {name!r}{hint} (samplers: {', '.join(SAMPLERS)})")
-    return name, name != sampler
+def check_numbers(pipe: Any, path: Path) -> None:
+    """Raises `FileFormatError` where a weight of the pipeline's models is NaN or infinite."""
+    for component, model in pipe.components.items():
+        for name, value in model.state_dict().items() if isinstance(model, nn.Module) else ():
+            if not all_finite(value):
+                raise FileFormatError(
+                    f"LoRAtorio: {path} is damaged: {component}.{name} holds NaN or infinity in {value.dtype}",
+                    value=str(path),
+                )
 
 
 def scheduler_for(pipe: Any, sampler: str) -> Any:
     """A scheduler of the kind that WebUIs call ``sampler``, for the noise schedule that the pipeline has."""
-    name, karras = parse_sampler(sampler)
-    kind, options = SAMPLERS[name]
-    kind = getattr(diffusers, kind)
-    if "use_karras_sigmas" in inspect.signature(kind).parameters:
-        options = {**options, "use_karras_sigmas": karras}
-    elif karras:
-        raise SettingsError(f"LoRAtorio: {name} has no Karras schedule")
-    return kind.from_config(pipe.scheduler.config, **options)
-
-
-def where_to_compute(device: str | None, dtype: str | None) -> tuple[str, torch.dtype]:
-    """A torch device and dtype by name; by default the GPU where there is one, and there half precision."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or ("float16" if device.startswith("cuda") else "float32")
-    if dtype not in ("float32", "float16", "bfloat16"):
-        raise SettingsError(f"LoRAtorio: dtype must be float32, float16 or bfloat16, got {dtype!r}")
-    return device, getattr(torch, dtype)
+    sampler, karras = parse_sampler(sampler)
+    config = dict(pipe.scheduler.config)
+    trailing = config.get("timestep_spacing") == "trailing" and not karras  # Karras' goes from first to last
+    spacing = {} if trailing else sampler.spacing
+    schedule = {"use_karras_sigmas": karras} if sampler.karras else {}
+    return getattr(diffusers, sampler.scheduler).from_config(config, **sampler.options, **spacing, **schedule)
 
 
 def generators(seeds: Iterable[int]) -> list[torch.Generator]:
@@ -189,10 +176,13 @@ def layers_of(pipe: Any) -> dict[str, nn.Module]:
 
 
 def to_peft_names(component: str, model: nn.Module, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of one component under PEFT's names (``LAYER.lora_A.weight``), by the conversions diffusers loads with."""
+    """Values of one component under PEFT's names (``LAYER.lora_A.weight``), by the conversions diffusers loads with.
+
+    Name by name, since training scripts write attention in one layout and what is beyond it in another.
+    """
     if component == UNET:
-        return dict(values) if any("lora_A" in name for name in values) else convert_unet_state_dict_to_peft(values)
-    names = convert_state_dict_to_peft(convert_state_dict_to_diffusers(values))
+        return convert_unet_state_dict_to_peft(values)
+    names = convert_state_dict(values, DIFFUSERS_OLD_TO_PEFT | DIFFUSERS_TO_PEFT)
     if hasattr(model, "text_model"):
         return names
     return {name.removeprefix("text_model."): value for name, value in names.items()}
@@ -214,14 +204,18 @@ def component_branches(
     for name, value in to_peft_names(component, model, values).items():
         layer, _, part = name.partition(".lora_")
         if name.endswith(".alpha"):
-            alphas[layer.removesuffix(".alpha")] = value
+            alphas[layer.removesuffix(".alpha")] = float(value)
         elif part in ("A.weight", "B.weight"):
             matrices.setdefault(layer, {})[part] = value
         else:
             raise KeyError(f"{component}.{name}")
     branches = {}
     for layer, pair in matrices.items():
+        if len(pair) < 2:
+            raise KeyError(f"{component}.{layer}.lora_{next(iter(pair))} alone")
         down, up = pair["A.weight"], pair["B.weight"]
+        if min(down.ndim, up.ndim) < 2:
+            raise ValueError(f"{component}.{layer}: down {tuple(down.shape)}, up {tuple(up.shape)}")
         rank = len(down)
         scale = alphas[layer] / rank if layer in alphas else default_scale(metadata, layer, rank)
         branches[f"{component}.{layer}"] = LowRank(down, up, scale * weight)
@@ -233,10 +227,12 @@ def misfit(branch: LowRank, layer: nn.Module | None) -> str | None:
     down, up = tuple(branch.down.shape), tuple(branch.up.shape)
     if layer is None:
         return f"no such layer (LoRA: down {down}, up {up})"
-    fan_out, fan_in = layer.weight.shape[0], math.prod(layer.weight.shape[1:])
+    fan_out, *kernel = tuple(layer.weight.shape)
     if isinstance(layer, nn.Linear):  # a quantised weight has another shape
-        fan_out, fan_in = layer.out_features, layer.in_features
-    if (math.prod(down[1:]), up[0]) != (fan_in, fan_out) or math.prod(up[1:]) != down[0]:
+        fan_out, kernel = layer.out_features, [layer.in_features]
+    narrows = list(down[1:]) == kernel or (down[1] == math.prod(kernel) and set(down[2:]) <= {1})
+    widens = up[:2] == (fan_out, down[0]) and set(up[2:]) <= {1}
+    if not narrows or not widens:
         return f"LoRA down {down}, up {up}; layer {tuple(layer.weight.shape)}"
     return None
 
@@ -258,29 +254,24 @@ def load_lora(
 ) -> LoRA:
     """A LoRA file (kohya, diffusers or PEFT layout) at its multipliers; ``unet_weight`` None: the text encoders' too.
 
-    Raises `FileError` for what is no safetensors file, and `UnsupportedError` for kinds that are no plain LoRA and for
-    LoRAs of another architecture.
+    Layers to which it adds nothing are left out. Raises `FileError` for what is no safetensors file, is no LoRA or
+    holds NaN or infinity, `UnsupportedError` for kinds that are no plain LoRA and for LoRAs of another architecture,
+    and `SettingsError` for multipliers that are no numbers in range.
     """
     path = Path(path)
     name = name or path.stem
-    with open_safetensors(path) as file:
-        keys, metadata = list(file.keys()), file.metadata() or {}
-    if path.suffix != ".safetensors":
-        raise FileFormatError(f"LoRAtorio: {path} must be named .safetensors")
-    dora = [key for key in keys if "dora_scale" in key or "lora_magnitude_vector" in key]
+    unet_weight = te_weight if unet_weight is None else unet_weight
+    weights = {component: check_multiplier(te_weight, name, "te_weight") for component in TEXT_ENCODERS}
+    weights[UNET] = check_multiplier(unet_weight, name, "unet_weight")
+    header = read_header(path)
+    check_lora(header)
+    dora = [key for key in header.shapes if "dora_scale" in key or "lora_magnitude_vector" in key]
     if dora:
         raise UnsupportedError(f"LoRAtorio: {name} is a DoRA (key {dora[0]}), which cannot be isolated here")
-    weights = dict.fromkeys(TEXT_ENCODERS, te_weight) | {UNET: te_weight if unet_weight is None else unet_weight}
-    peft = json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY) or "{}")
+    peft = adapter_config(header)
     branches: dict[str, LowRank] = {}
     try:
-        matrices, alphas = pipe.lora_state_dict(
-            str(path.parent),
-            weight_name=path.name,
-            unet_config=pipe.unet.config,
-            use_safetensors=True,
-            local_files_only=True,
-        )
+        matrices, alphas = pipe.lora_state_dict(load_file(path), unet_config=pipe.unet.config)
         values = {**matrices, **(alphas or {})}
         for component, weight in weights.items():
             mine = without_prefix(values, component)
@@ -290,11 +281,14 @@ def load_lora(
         unknown = [key for key in values if key.partition(".")[0] not in weights]
         if unknown:
             raise KeyError(unknown[0])
-    except (KeyError, ValueError) as error:
+    except Exception as error:  # whatever diffusers stumbles over in names that are not what it expects
         what = textwrap.shorten(str(error.args[0] if error.args else error), 300, placeholder=" …")
         raise UnsupportedError(f"LoRAtorio: {name} holds what is no LoRA that diffusers can read: {what}") from error
     check_fit(name, branches, pipe)
-    return LoRA(name, {layer: branch for layer, branch in branches.items() if branch.scale})
+    for layer, branch in branches.items():
+        if not is_finite(branch):
+            raise header.refused(f"is damaged: what it holds for {layer} is not finite (NaN or infinity)")
+    return LoRA(name, {layer: branch for layer, branch in branches.items() if not is_inert(branch)})
 
 
 def without_prefix(values: Mapping[str, Any], component: str) -> dict[str, Any]:
@@ -401,6 +395,7 @@ class Composition(ModelHook):
     ):
         super().__init__()
         self.pipe, self.loras, self.settings, self.on_step = pipe, loras, settings, on_step
+        self.inert: tuple[str, ...] = ()
         self.method = method_from(settings)
         # The last one, without a branch, makes `Plan.BASE` an index like any other.
         self.isolation = Isolation(layers_of(pipe), [*(lora.branches for lora in loras), {}])
@@ -540,6 +535,20 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextmanager
+def claimed(module: nn.Module, owner: Any) -> Iterator[None]:
+    """While entered, nobody else can enter for this module, in no thread: `UnsupportedError` is raised."""
+    if vars(module).setdefault(HOOK, owner) is not owner:  # one operation, so that of two threads one comes first
+        raise UnsupportedError(
+            "LoRAtorio: this pipeline, or another one with the same UNet, composes already; leave that first, or load "
+            "the pipeline once more"
+        )
+    try:
+        yield
+    finally:
+        del vars(module)[HOOK]
+
+
+@contextmanager
 def hooked(module: nn.Module, hook: ModelHook) -> Iterator[None]:
     """While entered, ``hook`` is in the module's registry; afterwards a registry of our making is gone as well."""
     own = [name for name in ("forward", "_diffusers_hook") if name not in vars(module)]
@@ -564,8 +573,10 @@ def check_supported(pipe: Any) -> None:
         model = getattr(pipe, name, None)
         if model is None:
             continue
-        if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
-            raise UnsupportedError(f"LoRAtorio: LoRAs cannot be isolated in the compiled {name} of this pipeline")
+        for part, module in model.named_modules():
+            if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+                where = ".".join(filter(None, (name, part)))
+                raise UnsupportedError(f"LoRAtorio: LoRAs cannot be isolated in the compiled {where} of this pipeline")
         if getattr(model, "peft_config", None):
             raise UnsupportedError(f"LoRAtorio: the {name} of this pipeline holds LoRAs; call unload_lora_weights()")
         if any(getattr(module, "fused_projections", False) for module in model.modules()):
@@ -583,15 +594,27 @@ def composed(
     """While entered, calls of ``pipe`` compose the LoRAs.
 
     ``options``: the options of `loratorio_ext.settings` by name (and ``preset``), over those of ``settings``. A pool is
-    given as LoRAs, too (see ``LoRA.pooled``), not by name. Without LoRAs nothing is touched.
+    given as LoRAs, too (see ``LoRA.pooled``), not by name. LoRAs that add nothing take no part: ``loras`` of what is
+    yielded are those that do, in order, and ``inert`` the others' names. Without LoRAs nothing is touched.
+
+    Raises `UnsupportedError` for what cannot be composed, also a pipeline, or a UNet that it shares, that composes
+    already.
     """
     check_supported(pipe)
     settings = Settings.from_mapping(options, settings)
     if settings.pool:
-        raise SettingsError("LoRAtorio: there are no names to choose a pool from; load its LoRAs and list them, too")
-    composition = Composition(pipe, loras, settings, on_step)
-    if not loras:
+        message = "LoRAtorio: there are no names to choose a pool from; load its LoRAs and list them, too"
+        raise SettingsError(message, field="pool", value=settings.pool)
+    for name in ("loras", "everywhere"):
+        if getattr(settings, name):
+            message = f"LoRAtorio: the option {name} does nothing in diffusers pipelines yet"
+            raise UnsupportedError(message, field=name, value=getattr(settings, name), allowed="nothing")
+    for lora in loras:
+        check_fit(lora.name, lora.branches, pipe)
+    composition = Composition(pipe, [lora for lora in loras if lora.branches], settings, on_step)
+    composition.inert = tuple(lora.name for lora in loras if not lora.branches)
+    if not composition.loras:
         yield composition
         return
-    with composition.installed():
+    with claimed(pipe.unet, composition), composition.installed():
         yield composition
