@@ -84,8 +84,9 @@ def open_company(stock, tmp_path_factory):
         folder = tmp_path_factory.mktemp("company")
         (folder / "models").symlink_to(models, target_is_directory=True)
         here = [path for name, path in present().items() if name in names]
-        ours = [ROOT, REFERENCE, HERE / "kit_extension"] if with_us else []
-        return Company(installed_host(), prepare_data_dir(folder, [*ours, *here]), checkpoint, names)
+        ours = [ROOT, REFERENCE] if with_us else []
+        data = prepare_data_dir(folder, [*ours, HERE / "kit_extension", *here])
+        return Company(installed_host(), data, checkpoint, names)
 
     return opened
 

@@ -95,8 +95,8 @@ def tiled(method: str, batch: int = 4, regions: Sequence[list] = ()) -> dict:
 
 
 def adetailer(**more) -> dict:
-    """A detector that finds something in every image, and one box of it painted anew."""
-    detail = {"ad_model": "random.pt", "ad_confidence": 0.0, "ad_mask_k": 1, "ad_denoising_strength": 0.6}
+    """A detector that finds the same in every image, and one box of it painted anew."""
+    detail = {"ad_model": "blind.pt", "ad_confidence": 0.0, "ad_mask_k": 1, "ad_denoising_strength": 0.6}
     size = {"ad_use_inpaint_width_height": True, "ad_inpaint_width": 64, "ad_inpaint_height": 64}
     return {"adetailer": {"args": [True, False, detail | size | more]}}
 
