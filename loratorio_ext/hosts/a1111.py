@@ -198,6 +198,7 @@ class A1111Sampling:
         self.step = ExitStack()
         self.steps = 0
         self.even_handed = False
+        self.ran: dict[int, set[str]] = {}
         self.plan = Plan(host=Plan.MERGED)
         self.prepare()
         script_callbacks.on_cfg_denoiser(self.before_unet)
@@ -395,6 +396,11 @@ class A1111Sampling:
         condition = as_condition(text, call.besides)
         with self.isolation.rows([lora]), self.reads_only(text):
             output = call.denoise(call.x, call.sigma, cond=condition)
+        if not self.ran.setdefault(lora, self.isolation.ran) <= self.isolation.ran:
+            raise UnsupportedError(
+                f"LoRAtorio: {named(self.company)} leaves out parts of the model and takes what it knows from another "
+                "call, which may have been another LoRA's; switch it off, or LoRAtorio"
+            )
         self.host_pass.predicted.update(zip(((lora, row) for row in call.range), output))
 
     def repeat_all(self) -> None:

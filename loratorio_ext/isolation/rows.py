@@ -79,6 +79,8 @@ class Isolation:
         self.loras = loras
         touched = dict.fromkeys(name for lora in loras for name in lora)
         self.layers = {name: layers[name] for name in touched}
+        self.ran: set[str] = set()
+        """The layers with a branch that were called under the rows entered last."""
         self._stacks = Stacks(budget)
 
     def forget(self) -> None:
@@ -91,6 +93,7 @@ class Isolation:
         entry."""
         group = tuple(group[:: shared_length(group) or 1])  # few segments, so that each LoRA is stacked once
         handles = []
+        self.ran = set()
         try:
             for name, layer in self.layers.items():
                 if any(name in self.loras[index] for index in group):
@@ -111,6 +114,7 @@ class Isolation:
 
     def _hook(self, name: str, group: tuple[int, ...]):
         def add_branches(layer: nn.Module, args: tuple, out: Tensor) -> Tensor:
+            self.ran.add(name)
             if out.shape[0] % len(group):
                 raise ValueError(f"{out.shape[0]} rows at {name} cannot be shared equally by {len(group)} LoRAs")
             key = (name, group, out.device, out.dtype)
