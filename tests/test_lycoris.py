@@ -255,6 +255,12 @@ def test_what_is_wrong_is_named(pipe, tmp_path, key, why):
         load_lora(pipe, tmp_path / "wrong.safetensors")
 
 
+def test_in_another_pipeline_than_it_was_loaded_for(pipe, tmp_path):
+    lora = load_lora(pipe, write(tmp_path / "loha.safetensors", pipe, "loha"))
+    with pytest.raises(UnsupportedError, match="another architecture"), composed(make_pipeline("sd2v"), [lora]):
+        pass
+
+
 def test_dora_of_peft(pipe, tmp_path):
     """Against the adapter that PEFT itself makes of it."""
     targets = ["attn1.to_q", "attn2.to_v", "ff.net.2"]
