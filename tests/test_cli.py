@@ -312,6 +312,8 @@ class TestErrorReports:
             ({"steps": "many"}, 2, "SettingsError", "steps", "many"),
             ({"patch_size": 65}, 2, "SettingsError", "patch_size", 65),
             ({"preset": "magic"}, 2, "SettingsError", "preset", "magic"),
+            ({"pool_gib": "inf"}, 2, "SettingsError", "pool_gib", "inf"),
+            ({"cfg": "nan"}, 2, "SettingsError", "cfg", "nan"),
             ({"sampler": "magic"}, 2, "SettingsError", "sampler", "magic"),
             ({"size": "100000x100000"}, 2, "SettingsError", "size", "100000x100000"),
             ({"device": "cuda:99"}, 2, "SettingsError", "device", "cuda:99"),

@@ -32,7 +32,6 @@ from loratorio_ext.hosts.diffusers import (
     scheduler_for,
 )
 from loratorio_ext.samplers import SAMPLERS
-from loratorio_ext.settings import Settings
 from tests import oracle
 from tests.gauge import Gauge
 from tests.tiny_pipelines import (
@@ -682,7 +681,7 @@ class TestUnsupported:
     def test_options_of_the_webuis_alone(self, pipes, options):
         """Refused by name, instead of an image that differs in nothing."""
         with pytest.raises(UnsupportedError, match=next(iter(options))):
-            with composed(pipes["sd1"], [], Settings(**options)):
+            with composed(pipes["sd1"], [], **options):
                 pass
 
     def test_bad_options(self, pipes):

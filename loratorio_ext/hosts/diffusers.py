@@ -519,6 +519,7 @@ def check_supported(pipe: Any) -> None:
 def composed(
     pipe: Any,
     loras: Sequence[LoRA],
+    /,  # an option is named loras, too
     settings: Settings | None = None,
     on_step: Callable[[Step], None] | None = None,
     **options: Any,

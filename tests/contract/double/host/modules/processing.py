@@ -178,7 +178,7 @@ class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
 
     def __post_init__(self):
         super().__post_init__()
-        self.hr_c = self.hr_uc = None
+        self.hr_c = self.hr_uc = self.all_hr_prompts = self.all_hr_negative_prompts = None
         self.cached_hr_c = StableDiffusionProcessingTxt2Img.cached_hr_c
         self.cached_hr_uc = StableDiffusionProcessingTxt2Img.cached_hr_uc
 
@@ -236,6 +236,8 @@ class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
 
     def setup_prompts(self) -> None:
         super().setup_prompts()
+        if not self.enable_hr:
+            return
         count = len(self.all_prompts)
         self.all_hr_prompts = [self.hr_prompt or self.prompt] * count
         self.all_hr_negative_prompts = [self.hr_negative_prompt or self.negative_prompt] * count
