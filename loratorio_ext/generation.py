@@ -15,13 +15,13 @@ from typing import Any, Protocol
 
 from loratorio_ext.errors import LoRAtorioError, UnsupportedError
 from loratorio_ext.record import PICKED_KEY, STEPS_KEY, Record, StepData, written_shares
-from loratorio_ext.settings import INFOTEXT_PREFIX, OPTIONS, Settings
+from loratorio_ext.settings import INFOTEXT_PREFIX, OPTIONS, VERSION_KEY, Settings
 
 ATTRIBUTE = "loratorio"
 """Where a generation lives on the host's processing object, and goes with it."""
 
 NOTE_KEY = f"{INFOTEXT_PREFIX} note"
-INFOTEXT_KEYS = [*(option.infotext_key for option in OPTIONS), NOTE_KEY, PICKED_KEY, STEPS_KEY]
+INFOTEXT_KEYS = [*(option.infotext_key for option in OPTIONS), VERSION_KEY, NOTE_KEY, PICKED_KEY, STEPS_KEY]
 
 
 def add_pictures(processed: Any, records: Sequence[Record]) -> None:

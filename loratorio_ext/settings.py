@@ -10,10 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass, replace
 from typing import Any
 
+from loratorio_ext import __version__
 from loratorio_ext.errors import SettingsError, nearest_name, shown
 from loratorio_ext.parts import check_parts
 
 INFOTEXT_PREFIX = "LoRAtorio"
+VERSION_KEY = f"{INFOTEXT_PREFIX} version"
+"""The version that wrote an infotext. In one that has it, an option without an entry had no effect."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,8 @@ class Option:
     """One option: what it may be, what it is without being set, and how to explain it.
 
     ``low`` and ``high`` are inclusive; ``choices`` are the allowed names of a text option; ``methods`` are the
-    methods that use it (empty: all), others ignore it and the UI hides it.
+    methods that use it (empty: all), others ignore it and the UI hides it. ``idle``: the value with which it does
+    nothing, if there is one; ``needs``: the option while which is idle this one has no effect.
     """
 
     name: str
@@ -34,6 +38,8 @@ class Option:
     step: float | None = None
     choices: tuple[str, ...] = ()
     methods: tuple[str, ...] = ()
+    idle: Any = None
+    needs: str = ""
 
     @property
     def kind(self) -> type:
@@ -94,9 +100,42 @@ class Option:
         except ValueError as error:
             raise SettingsError(f"LoRAtorio: {self.name} must be {self.allowed}, got {shown(text)}") from error
 
+    @property
+    def unsaid(self) -> Any:
+        """What a versioned infotext without an entry means."""
+        return self.default if self.idle is None else self.idle
+
     def read(self, params: Mapping[str, str]) -> Any:
-        """The value that an image's generation parameters hold, or the default where they do not name the option."""
-        return self.parse(params[self.infotext_key]) if self.infotext_key in params else self.default
+        """The value that an image was made with, by its generation parameters; the default for images without us."""
+        if self.infotext_key in params:
+            return self.parse(params[self.infotext_key])
+        if VERSION_KEY in params:
+            return self.unsaid
+        if not any(key.startswith(f"{INFOTEXT_PREFIX} ") for key in params):
+            return self.default
+        newer = any(f"{INFOTEXT_PREFIX} {name}" in params for name in SINCE_NEWER_DEFAULTS)
+        return {**BEFORE_VERSIONS, **(NEWER_DEFAULTS if newer else {})}.get(self.name, self.unsaid)
+
+
+BEFORE_VERSIONS: dict[str, Any] = {
+    "method": "loratorio",
+    "patch_size": 4,
+    "temperature_mode": "adaptive",
+    "temperature": 0.3,
+    "relativity": 0.5,
+    "upsampling": "nearest",
+    "base_share": 0.5,
+    "selection_scope": "image",
+    "switch_every": 5,
+    "warmup": 1,
+    "pool_weight": 1.0,
+}
+"""What an infotext without a version means by an option that it does not name: the first defaults. Such texts hold only
+what differed from the defaults of their day, and do not change their meaning when the table changes."""
+
+NEWER_DEFAULTS: dict[str, Any] = {"relativity": 1.0, "warmup": 2}
+SINCE_NEWER_DEFAULTS = ("loras", "everywhere")
+"""Two defaults changed while texts had no version; one that names an option younger than that was written later."""
 
 
 def is_line(value: Any) -> bool:
@@ -194,6 +233,7 @@ OPTIONS = (
         "LoRAtorio",
         "Compose the prompt's LoRAs instead of summing their weights.",
         group="",
+        idle=False,
     ),
     Option(
         "method",
@@ -281,6 +321,7 @@ OPTIONS = (
         high=64,
         step=1,
         methods=LORATORIO,
+        idle=0,
     ),
     Option(
         "selection_scope",
@@ -290,6 +331,7 @@ OPTIONS = (
         group="Selection",
         choices=("image", "patch"),
         methods=LORATORIO,
+        needs="top_k",
     ),
     Option(
         "switch_every",
@@ -313,6 +355,7 @@ OPTIONS = (
         high=1.0,
         step=0.05,
         methods=COMPOSING,
+        idle=0.0,
     ),
     Option(
         "end",
@@ -325,6 +368,7 @@ OPTIONS = (
         high=1.0,
         step=0.05,
         methods=COMPOSING,
+        idle=1.0,
     ),
     Option(
         "refresh",
@@ -337,6 +381,7 @@ OPTIONS = (
         high=64,
         step=1,
         methods=LORATORIO,
+        idle=0,
     ),
     Option(
         "warmup",
@@ -349,6 +394,7 @@ OPTIONS = (
         high=1000,
         step=1,
         methods=LORATORIO,
+        needs="refresh",
     ),
     Lines(
         "pool",
@@ -358,6 +404,7 @@ OPTIONS = (
         "a weight after a colon if it has one of its own (robot:0.8). Weight 0 leaves a LoRA out.",
         group="Selection",
         methods=COMPOSING,
+        idle=(),
     ),
     Option(
         "pool_weight",
@@ -369,6 +416,7 @@ OPTIONS = (
         high=2.0,
         step=0.05,
         methods=COMPOSING,
+        needs="pool",
     ),
     Option(
         "reselect_every",
@@ -381,6 +429,7 @@ OPTIONS = (
         high=1000,
         step=1,
         methods=LORATORIO,
+        idle=1,
     ),
     Option(
         "show_maps",
@@ -389,6 +438,7 @@ OPTIONS = (
         "Adds two pictures to the result: every LoRA's share over the steps, and where in the image it acts.",
         group="Selection",
         methods=LORATORIO,
+        idle=False,
     ),
     Claims(
         "loras",
@@ -399,6 +449,7 @@ OPTIONS = (
         "picture in base64, white where it may act.",
         group="Places",
         methods=COMPOSING,
+        idle=Frozen(),
     ),
     Lines(
         "everywhere",
@@ -408,6 +459,7 @@ OPTIONS = (
         "patterns or folders. They act in every pass, the bare model's too, and compete for nothing.",
         group="Everywhere",
         methods=COMPOSING,
+        idle=(),
     ),
 )
 
@@ -489,12 +541,20 @@ class _Settings:
         """Whether composition acts when the share ``progress`` of the steps is done: from ``start`` up to ``end``."""
         return self.start <= progress and (progress < self.end or self.end == 1)
 
+    def matters(self, option: Option) -> bool:
+        """Whether an option's value has an effect: the method uses it, and neither it nor what it needs is idle."""
+        value, needs = getattr(self, option.name), OPTION.get(option.needs)
+        idle = option.idle is not None and value == option.idle
+        return option.used_by(self.method) and not idle and (needs is None or self.matters(needs))
+
     def to_infotext(self) -> dict[str, str]:
-        """Generation parameters that `from_infotext` reads back: what differs from the defaults, nothing when off."""
+        """Generation parameters that `from_infotext` reads back, today and after defaults have changed: the version,
+        what has an effect, and what else was set. Nothing when off."""
         if not self.enabled:
             return {}
         values = {option: getattr(self, option.name) for option in OPTIONS}
-        return {option.infotext_key: option.write(value) for option, value in values.items() if value != option.default}
+        said = {option: value for option, value in values.items() if self.matters(option) or value != option.unsaid}
+        return {option.infotext_key: option.write(value) for option, value in said.items()} | {VERSION_KEY: __version__}
 
 
 Settings = make_dataclass(
