@@ -329,7 +329,8 @@ def generate(
         own = {"Seed": each, PICKED_KEY: written_shares(shares[index]) if shares else None}
         save(image, file, infotext(join_prompt(text.strip(), named), negative, {**parameters, **own}))
         if settings.show_maps:
-            for kind, picture in zip(("shares", "maps"), pictures(record, index)):
+            smooth = settings.upsampling == "bilinear"
+            for kind, picture in pictures(record, index, image, smooth).items():
                 picture.save(file.with_name(f"{file.stem}-{kind}.png"))
     if not as_json:
         typer.echo("\n".join(map(str, files)))

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from loratorio_ext.errors import LoRAtorioError, UnsupportedError
-from loratorio_ext.record import PICKED_KEY, STEPS_KEY, Record, StepData, written_shares
+from loratorio_ext.record import PICKED_KEY, STEPS_KEY, Record, StepData, reach, written_shares
 from loratorio_ext.settings import INFOTEXT_PREFIX, OPTIONS, VERSION_KEY, Settings
 
 ATTRIBUTE = "loratorio"
@@ -22,19 +22,6 @@ ATTRIBUTE = "loratorio"
 
 NOTE_KEY = f"{INFOTEXT_PREFIX} note"
 INFOTEXT_KEYS = [*(option.infotext_key for option in OPTIONS), VERSION_KEY, NOTE_KEY, PICKED_KEY, STEPS_KEY]
-
-
-def add_pictures(processed: Any, records: Sequence[Record]) -> None:
-    """Put pictures of the weights behind the result's images, each with its own image's infotext."""
-    from loratorio_ext.heatmaps import pictures
-
-    number = getattr(processed, "index_of_first_image", 0)
-    for record in records:
-        for image in range(record.images):
-            for picture in pictures(record, image):
-                processed.images.append(picture)
-                processed.infotexts.append(processed.infotexts[min(number, len(processed.infotexts) - 1)])
-            number += 1
 
 
 class Sampling(Protocol):
@@ -81,6 +68,8 @@ class Generation:
         """What one sampling pass has prepared and the next one of the same generation may use again."""
         self.records: list[Record] = []
         """What was picked, a record for each batch of images."""
+        self.images: dict[tuple[int, int], Any] = {}
+        """The finished images by batch and place in it, where somebody wants to know who painted them."""
         self._sampling: Sampling | None = None
         self._second_pass = False
         self._over = False
@@ -105,18 +94,24 @@ class Generation:
             generation._replace("setup_prompts", generation._checked)
 
     @classmethod
-    def finish(cls, p: Any, processed: Any) -> None:
-        """The images are there: add what was picked to the host's answer, and take everything of ours off ``p``."""
+    def finish(cls, p: Any) -> "Generation | None":
+        """The images are there: add what was picked to the host's answer, and take everything of ours off ``p``. The
+        generation, if its weights are to be shown."""
         generation = cls.of(p)
         cls.end(p)
         if generation is None:
-            return
+            return None
         generation.host.forget_conditionings(p)
         if not any(record.steps for record in generation.records):
-            return
-        p.extra_generation_params[STEPS_KEY] = StepData.of(generation.records)
-        if generation.settings.show_maps:
-            add_pictures(processed, generation.records)
+            return None
+        shown = generation.settings.show_maps
+        p.extra_generation_params[STEPS_KEY] = StepData.of(generation.records, maps=shown)
+        return generation if shown else None
+
+    def keep_image(self, image: Any) -> None:
+        """One of the batch's images is finished."""
+        if self.settings.show_maps:
+            self.images[len(self.records) - 1, self.p.batch_index] = image
 
     @staticmethod
     def of(p: Any) -> "Generation | None":
@@ -165,7 +160,15 @@ class Generation:
     def record(self, loras: Sequence[str], weights: Any, image_of_row: Sequence[int]) -> None:
         """Keep a step's patch weights ``[N, R, h, w]`` (a tensor, or None where the method has none), if wanted."""
         if weights is not None and self.records:
-            self.records[-1].add(loras, weights.float().cpu().numpy(), image_of_row)
+            patches = reach(weights.shape[-2:], self.settings.patch_size, self.latent_size)
+            self.records[-1].add(loras, weights.float().cpu().numpy(), image_of_row, patches)
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width of the pass at hand's latents, in all models that WebUIs sample so far."""
+        p = self.p
+        width, height = (p.hr_upscale_to_x, p.hr_upscale_to_y) if self._second_pass else (p.width, p.height)
+        return height // 8, width // 8
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What ``make()`` returns, made once in this generation for all that it depends on (``key``)."""

@@ -434,8 +434,8 @@ OPTIONS = (
     Option(
         "show_maps",
         False,
-        "Show weights as pictures",
-        "Adds two pictures to the result: every LoRA's share over the steps, and where in the image it acts.",
+        "Show who painted what",
+        "Adds pictures to each image: the LoRAs' weights on it in colours, a map of each, their shares over the steps.",
         group="Selection",
         methods=LORATORIO,
         idle=False,

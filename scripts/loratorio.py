@@ -5,6 +5,7 @@ from modules import script_callbacks, scripts
 from loratorio_ext.generation import Generation
 from loratorio_ext.hosts import webui_adapter
 from loratorio_ext.hosts.limits import add_settings
+from loratorio_ext.hosts.pictures import show
 from loratorio_ext.ui import build_ui
 
 host = webui_adapter()  # now, not at the first image: a host reports a script that fails to load
@@ -29,8 +30,15 @@ class LoRAtorioScript(scripts.Script):
         if generation is not None:
             generation.start_sampling()
 
+    def postprocess_image_after_composite(self, p, pp, *args):
+        generation = Generation.of(p)
+        if generation is not None:
+            generation.keep_image(pp.image)
+
     def postprocess(self, p, processed, *args):
-        Generation.finish(p, processed)
+        generation = Generation.finish(p)
+        if generation is not None:
+            show(generation, processed)
 
 
 script_callbacks.on_ui_settings(add_settings)
