@@ -1,8 +1,9 @@
 """The life of one composed generation in a WebUI: what was asked, what went wrong, and who hears of it.
 
-WebUIs swallow exceptions of scripts and callbacks and go on. A `Generation` therefore brackets two methods of the
-host's processing object whose exceptions are not swallowed. ``p.setup_prompts`` comes after the request's own options
-are set, and before any script has acted: what can be refused is refused there, and nobody has anything to clean up.
+WebUIs swallow exceptions of scripts and callbacks and go on. A `Generation` therefore brackets two calls of the host's
+whose exceptions are not swallowed. ``p.scripts.process`` comes after the request's own options are set, and before any
+script has processed it: what can be refused is refused there. (Until then nothing of ours is on ``p``, which some
+extensions send to other machines as it is.)
 ``p.sample`` is all of a batch's sampling: errors raised meanwhile are kept, sampling is stopped, the other scripts are
 told that the generation is over (hosts do not tell them after an error), and the error is raised there, where it
 reaches the user and the API.
@@ -49,8 +50,9 @@ class Host(Protocol):
     def sampled(self, p: Any) -> bool:
         """Whether the host has called its model in the pass at hand."""
 
-    def clean_up(self, p: Any) -> None:
-        """After an error: let every script put back what it has hooked into the host."""
+    def clean_up(self, p: Any, early: bool = False) -> None:
+        """After an error: let every script put back what it has hooked into the host; ``early``: those that may have
+        done so already when a generation is only about to be processed."""
 
     def forget_conditionings(self, p: Any) -> None:
         """Empty the host's caches of conditionings."""
@@ -91,7 +93,7 @@ class Generation:
         except Exception as error:
             generation.fail(error)
         if generation.error or generation.settings.enabled:
-            generation._replace("setup_prompts", generation._checked)
+            generation._replace(p.scripts, "process", generation._checked)
 
     @classmethod
     def finish(cls, p: Any) -> "Generation | None":
@@ -125,12 +127,12 @@ class Generation:
         generation = Generation.of(p)
         if generation is not None:
             generation._over = True
-        for name in ("setup_prompts", "sample"):
-            ours = vars(p).get(name)
+        for owner, name in ((p, "sample"), (p.scripts, "process")):
+            ours = vars(owner).get(name) if owner is not None else None
             if hasattr(ours, ATTRIBUTE):
-                delattr(p, name)
+                delattr(owner, name)
                 if ours.replaced is not None:
-                    setattr(p, name, ours.replaced)
+                    setattr(owner, name, ours.replaced)
         vars(p).pop(ATTRIBUTE, None)
 
     def start_sampling(self) -> None:
@@ -222,27 +224,33 @@ class Generation:
                     written_shares(shares) for shares in self.records[-1].shares()
                 ]
 
-    def _replace(self, name: str, wrapper: Callable[..., Any]) -> None:
-        """Let ``wrapper(original, *args, **kwargs)`` answer calls of a method of ``p``."""
-        method = partial(wrapper, getattr(self.p, name))
-        method.replaced = vars(self.p).get(name)
+    def _replace(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+        """Let ``wrapper(original, *args, **kwargs)`` answer calls of a method of the host's."""
+        method = partial(wrapper, getattr(owner, name))
+        method.replaced = vars(owner).get(name)
         setattr(method, ATTRIBUTE, self)
-        setattr(self.p, name, method)
+        setattr(owner, name, method)
 
-    def _checked(self, setup_prompts: Callable[[], None]) -> None:
-        """``p.setup_prompts``: refuse what can be refused, and take up the rest."""
+    def _checked(self, process: Callable[[Any], None], p: Any) -> None:
+        """``p.scripts.process``: refuse what can be refused, and take up the rest."""
         self.end(self.p)
-        if self.error is not None:
-            raise self.error
-        setup_prompts()
+        if p is self.p:  # and no request that came in between
+            self._check()
+        process(p)
+
+    def _check(self) -> None:
+        """Raise what speaks against the composition; else be there when sampling begins."""
         try:
+            if self.error is not None:
+                raise self.error
             self.host.check(self)
         except Exception as error:
             self.fail(error)
-            raise self.error from error
+            self.host.clean_up(self.p, early=True)
+            raise self.error from error.__cause__
         # They are kept by prompt, and may have been made with other LoRAs or by other extensions.
         self.host.forget_conditionings(self.p)
-        self._replace("sample", self._bracketed)
+        self._replace(self.p, "sample", self._bracketed)
         setattr(self.p, ATTRIBUTE, self)
         self.p.extra_generation_params.update(self.settings.to_infotext())
 

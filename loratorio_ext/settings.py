@@ -8,6 +8,7 @@ import math
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass, replace
+from functools import partial
 from typing import Any
 
 from loratorio_ext import __version__
@@ -559,7 +560,8 @@ class _Settings:
 
 Settings = make_dataclass(
     "Settings",
-    [(option.name, option.kind, field(default=option.default)) for option in OPTIONS],
+    # By a factory: Python 3.10 takes any dict for a default that might change.
+    [(option.name, option.kind, field(default_factory=partial(getattr, option, "default"))) for option in OPTIONS],
     bases=(_Settings,),
     frozen=True,
     namespace={"__doc__": _Settings.__doc__, "__module__": __name__},

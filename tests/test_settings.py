@@ -724,3 +724,8 @@ class TestEarlierInfotexts:
 
     def test_images_without_composition_read_as_the_defaults_of_today(self):
         assert Settings.from_infotext({"Steps": "20", "Version": "v1.10.1"}) == Settings()
+
+
+def test_no_default_is_a_container_that_python_3_10_refuses():
+    defaults = [field.default for field in dataclasses.fields(Settings)]
+    assert not [default for default in defaults if isinstance(default, (list, dict, set))]

@@ -1,5 +1,6 @@
 """What every Stable Diffusion WebUI has alike: its registry of LoRAs, its prompts, its count of steps."""
 
+import logging
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -18,6 +19,8 @@ from loratorio_ext.generation import Generation
 from loratorio_ext.hosts.limits import most_bytes, most_files
 from loratorio_ext.parts import parts_of_tag
 from loratorio_ext.pool import Listed, Member, check_size, path_below, resolve
+
+logger = logging.getLogger("loratorio")
 
 
 def lora_extension() -> ModuleType:
@@ -90,7 +93,7 @@ def tell_of_loras(generation: Generation, loaded: Sequence[str]) -> None:
 def check_tags(p: Any) -> bool:
     """Whether the prompts, as they are before any script has acted, name a LoRA; raises `SettingsError` for a part of a
     tag that is not allowed."""
-    _, tags = extra_networks.parse_prompts([*p.all_prompts, *getattr(p, "all_hr_prompts", ())])
+    _, tags = extra_networks.parse_prompts([*p.all_prompts, *(getattr(p, "all_hr_prompts", None) or ())])
     for params in tags.get("lora", ()):
         parts_of_tag(params.items)
     return bool(tags.get("lora"))
@@ -148,11 +151,20 @@ def sampled(p: Any) -> bool:
     return p.sampler.model_wrap_cfg.step > 0
 
 
-def clean_up(p: Any) -> None:
-    """Tell every script that the generation is over, as the host does not after an error: they put back what they have
-    hooked into it."""
-    if p.scripts is not None:
-        p.scripts.postprocess(p, processing.Processed(p, []))
+def clean_up(p: Any, early: bool = False) -> None:
+    """Tell the scripts that the generation is over, as the host does not after an error: they put back what they have
+    hooked into it. ``early``: only those that act before scripts process it."""
+    if p.scripts is None:
+        return
+    processed = processing.Processed(p, [])
+    if not early:
+        p.scripts.postprocess(p, processed)
+        return
+    for script in p.scripts.ordered_scripts("before_process"):
+        try:
+            script.postprocess(p, processed, *p.script_args[script.args_from : script.args_to])
+        except Exception:
+            logger.exception("%s failed to clean up", script.filename)
 
 
 def forget_conditionings(p: Any) -> None:

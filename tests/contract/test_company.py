@@ -148,6 +148,13 @@ def test_a_refusal_comes_before_any_script_has_acted(contract, options):
     assert "neighbour processes" in contract.webui.log()[before:]
 
 
+@pytest.mark.parametrize("options", BAD.values(), ids=BAD)
+def test_who_acts_before_that_cleans_up(contract, options):
+    with pytest.raises(RequestError) as caught:
+        beside(contract, "acts_before_all_others", options)
+    assert caught.value.status == 422
+
+
 @pytest.mark.parametrize("step", [0, 3])
 @pytest.mark.parametrize("kind", [*TAKES_PART, *ELSEWHERE])
 def test_after_an_error_every_script_cleans_up(contract, kind, step):
@@ -156,6 +163,13 @@ def test_after_an_error_every_script_cleans_up(contract, kind, step):
     with pytest.raises(RequestError) as caught:
         contract.generate({"prompt": TWO}, scripts)
     assert "sabotaged" in caught.value.body
+
+
+def test_a_request_can_be_sent_away_before_it_is_processed(contract):
+    before = len(contract.webui.log())
+    composed = beside(contract, "sends_the_request_away", {}, prompt=TWO)
+    assert "neighbour cannot" not in contract.webui.log()[before:]
+    assert largest(composed.images, contract.composed(prompt=TWO).images) == 0
 
 
 def test_a_merged_window_after_a_neighbour_that_marks_the_text(contract):

@@ -426,3 +426,22 @@ def test_two_loras_of_one_name_are_told_apart(webui):
     folder = webui.data / "models" / "Lora"
     assert module.labels([Found(folder / "a.safetensors"), Found(folder / "sub" / "a.safetensors")]) == ["a", "sub/a"]
     assert module.labels([Found(folder / "sub" / "a.safetensors")]) == ["a"]
+
+
+def test_a_difference_survives_storage_in_eight_bits(webui):
+    """A full difference is not itself rounded to float8, where it would vanish."""
+    loras, shared = webui.module("loratorio_ext.hosts.a1111_loras"), webui.module("modules.shared")
+    networks = webui.module("networks")
+    network = networks.load_network("loha", networks.available_networks["loha"])
+    name, module = next((name, each) for name, each in network.modules.items() if not loras.is_text_encoder(each))
+    layer = shared.sd_model.network_layer_mapping[name]
+    network.unet_multiplier = 1e-4
+    expected = loras.full_delta(networks, module, layer).weight
+    weight = layer.weight
+    try:
+        layer.weight = torch.nn.Parameter(weight.to(torch.float8_e4m3fn), requires_grad=False)
+        found = loras.full_delta(networks, module, layer).weight
+    finally:
+        layer.weight = weight
+    assert expected.abs().max() < 1e-3
+    torch.testing.assert_close(found.float(), expected)

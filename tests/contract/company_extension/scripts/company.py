@@ -286,6 +286,12 @@ class CompanyScript(scripts.Script):
 
         return [gradio.JSON(value=None, visible=False)]
 
+    def before_process(self, p, kind):
+        if kind == "acts_before_all_others":
+            KINDS["remembers_the_first_call"](p, self.stack)
+        if kind == "sends_the_request_away" and any(map(callable, vars(p).values())):
+            errors.report("neighbour cannot write the request as JSON")
+
     def process(self, p, kind):
         if kind in KINDS:
             KINDS[kind](p, self.stack)
@@ -305,7 +311,7 @@ class CompanyScript(scripts.Script):
             p.scripts.postprocess(copy.copy(p), processing.Processed(p, []))
             again = copy.copy(p)
             for method in ("before_process", "process"):
-                getattr(p.scripts, method)(again) if hasattr(p.scripts, method) else p.scripts.call(method, again)
+                getattr(p.scripts, method)(again)
 
     def postprocess(self, p, processed, kind):
         self.stack.close()

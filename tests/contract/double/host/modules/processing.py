@@ -83,6 +83,7 @@ class StableDiffusionProcessing:
         self.extra_generation_params: dict[str, Any] = {}
         self.comments: dict[str, int] = {}
         self.sampler = self.c = self.uc = self.rng = None
+        self.all_prompts = self.all_negative_prompts = self.all_seeds = self.all_subseeds = None
         self.iteration = 0
         self.cached_c = StableDiffusionProcessing.cached_c
         self.cached_uc = StableDiffusionProcessing.cached_uc
@@ -179,7 +180,7 @@ class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
 
     def __post_init__(self):
         super().__post_init__()
-        self.hr_c = self.hr_uc = None
+        self.hr_c = self.hr_uc = self.all_hr_prompts = self.all_hr_negative_prompts = None
         self.cached_hr_c = StableDiffusionProcessingTxt2Img.cached_hr_c
         self.cached_hr_uc = StableDiffusionProcessingTxt2Img.cached_hr_uc
 
@@ -237,6 +238,8 @@ class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
 
     def setup_prompts(self) -> None:
         super().setup_prompts()
+        if not self.enable_hr:
+            return
         count = len(self.all_prompts)
         self.all_hr_prompts = [self.hr_prompt or self.prompt] * count
         self.all_hr_negative_prompts = [self.hr_negative_prompt or self.negative_prompt] * count
@@ -379,12 +382,12 @@ class Processed:
         self.index_of_first_image = 0
         self.comments = "".join(f"{comment}\n" for comment in p.comments)
         self.said = {
-            "prompt": p.all_prompts[0],
-            "all_prompts": p.all_prompts,
-            "negative_prompt": p.all_negative_prompts[0],
-            "all_negative_prompts": p.all_negative_prompts,
-            "seed": p.all_seeds[0],
-            "all_seeds": p.all_seeds,
+            "prompt": p.prompt,
+            "all_prompts": p.all_prompts or [p.prompt],
+            "negative_prompt": p.negative_prompt,
+            "all_negative_prompts": p.all_negative_prompts or [p.negative_prompt],
+            "seed": (p.all_seeds or [p.seed])[0],
+            "all_seeds": p.all_seeds or [p.seed],
             "width": p.width,
             "height": p.height,
             "sampler_name": p.sampler_name,
@@ -430,7 +433,7 @@ def create_infotext(p: StableDiffusionProcessing, index: int) -> str:
 
 def process_images(p: StableDiffusionProcessing) -> Processed:
     """All images of a request. Options set for it alone are put back, but only those that had been set before."""
-    p.scripts.call("before_process", p)
+    p.scripts.before_process(p)
     opts = shared.opts
     before = {name: opts.data[name] for name in p.override_settings if name in opts.data}
     try:
@@ -457,7 +460,7 @@ def process_images_inner(p: StableDiffusionProcessing) -> Processed:
     p.all_seeds = [seed + (i if p.subseed_strength == 0 else 0) for i in range(len(p.all_prompts))]
     p.all_subseeds = [subseed + i for i in range(len(p.all_prompts))]
     shared.sd_model.tile(p.tiling)
-    scripts.call("process", p)
+    scripts.process(p)
     found, infotexts = [], []
     with torch.no_grad():
         p.init()

@@ -16,6 +16,7 @@ class Script:
     """What scripts inherit from. Methods that a script does not define are not called."""
 
     args_from = args_to = 0
+    filename = None
     is_img2img = alwayson = False
     infotext_fields = None
 
@@ -76,15 +77,24 @@ class ScriptRunner:
             errors.report(f"Error creating UI for {script.title()}", exc_info=True)
         script.args_to = len(self.inputs)
 
+    def ordered_scripts(self, method: str) -> list[Script]:
+        """Those that are always on and define a method."""
+        return [script for script in self.scripts if script.alwayson and hasattr(script, method)]
+
+    def before_process(self, p: Any) -> None:
+        self.call("before_process", p)
+
+    def process(self, p: Any) -> None:
+        self.call("process", p)
+
     def postprocess(self, p: Any, processed: Any) -> None:
         self.call("postprocess", p, processed)
 
     def call(self, method: str, p: Any, *args: Any, **kwargs: Any) -> None:
         """Call a method of every script that has it, with the script's own values behind ``args``."""
-        for script in self.scripts:
-            if script.alwayson and hasattr(script, method):
-                values = p.script_args[script.args_from : script.args_to]
-                try:
-                    getattr(script, method)(p, *args, *values, **kwargs)
-                except Exception:
-                    errors.report(f"Error running {method}: {script.title()}", exc_info=True)
+        for script in self.ordered_scripts(method):
+            values = p.script_args[script.args_from : script.args_to]
+            try:
+                getattr(script, method)(p, *args, *values, **kwargs)
+            except Exception:
+                errors.report(f"Error running {method}: {script.title()}", exc_info=True)
