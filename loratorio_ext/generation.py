@@ -9,6 +9,7 @@ told that the generation is over (hosts do not tell them after an error), and th
 reaches the user and the API.
 """
 
+import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 from loratorio_ext.errors import LoRAtorioError, UnsupportedError
 from loratorio_ext.record import PICKED_KEY, STEPS_KEY, Record, StepData, reach, written_shares
 from loratorio_ext.settings import INFOTEXT_PREFIX, OPTIONS, VERSION_KEY, Settings
+from loratorio_ext.summary import step_line, summary
 
 ATTRIBUTE = "loratorio"
 """Where a generation lives on the host's processing object, and goes with it."""
@@ -30,6 +32,8 @@ class Sampling(Protocol):
 
     steps: int
     """How many model calls of the pass went through here so far."""
+    tally: Any
+    """What its model calls cost (`isolation.Tally`), or None."""
 
     def close(self) -> None:
         """Leave the host as it was before the pass; harmless when called again."""
@@ -64,6 +68,7 @@ class Generation:
     def __init__(self, p: Any, host: Host):
         self.p = p
         self.host = host
+        self.log_steps = False
         self.settings = Settings()
         self.error: LoRAtorioError | None = None
         self.prepared: dict[Hashable, Any] = {}
@@ -72,13 +77,21 @@ class Generation:
         """What was picked, a record for each batch of images."""
         self.images: dict[tuple[int, int], Any] = {}
         """The finished images by batch and place in it, where somebody wants to know who painted them."""
+        self.loras: dict[str, None] = {}
+        """Every LoRA that took part so far, in order."""
+        self.tallies: list[Any] = []
+        self.seconds = 0.0
+        """What model calls cost, and how long all sampling took."""
         self._sampling: Sampling | None = None
         self._second_pass = False
         self._over = False
 
     @classmethod
-    def begin(cls, p: Any, args: Sequence[Any], host: Host) -> None:
-        """Take up a generation from the values the host hands the script. Switched off, nothing at all is done."""
+    def begin(cls, p: Any, args: Sequence[Any], host: Host, log_steps: bool = False) -> None:
+        """Take up a generation from the values the host hands the script. Switched off, nothing at all is done.
+
+        ``log_steps``: tell each step's shares as it goes.
+        """
         cls.end(p)
         said = p.extra_generation_params
         if not said.keys().isdisjoint(
@@ -88,6 +101,7 @@ class Generation:
         if args and args[0] is False:
             return
         generation = cls(p, host)
+        generation.log_steps = log_steps
         try:
             generation.settings = Settings.from_args(args)
         except Exception as error:
@@ -97,18 +111,22 @@ class Generation:
 
     @classmethod
     def finish(cls, p: Any) -> "Generation | None":
-        """The images are there: add what was picked to the host's answer, and take everything of ours off ``p``. The
-        generation, if its weights are to be shown."""
+        """The images are there: add what was picked to the host's answer, take everything of ours off ``p``, and hand
+        back the generation."""
         generation = cls.of(p)
         cls.end(p)
         if generation is None:
             return None
         generation.host.forget_conditionings(p)
-        if not any(record.steps for record in generation.records):
-            return None
-        shown = generation.settings.show_maps
-        p.extra_generation_params[STEPS_KEY] = StepData.of(generation.records, maps=shown)
-        return generation if shown else None
+        if any(record.steps for record in generation.records) and generation.tells_weights:
+            maps = generation.settings.show_maps
+            p.extra_generation_params[STEPS_KEY] = StepData.of(generation.records, maps=maps)
+        return generation
+
+    @property
+    def summary(self) -> str:
+        """The generation in one line."""
+        return summary(self.settings.method, self.loras, self.tallies, self.seconds)
 
     def keep_image(self, image: Any) -> None:
         """One of the batch's images is finished."""
@@ -143,7 +161,7 @@ class Generation:
                 self.confirm()
             self.close()
             self._second_pass = second_pass
-            if self.records_weights and not second_pass:
+            if (self.tells_weights or self.log_steps) and not second_pass:
                 self.records.append(Record())
             self._sampling = self.host.open_sampling(self)
 
@@ -155,15 +173,19 @@ class Generation:
             self.p.extra_generation_params[NOTE_KEY] = f"{notes}; {text}" if notes else text
 
     @property
-    def records_weights(self) -> bool:
+    def tells_weights(self) -> bool:
         """Whether anyone wants to know who was picked."""
         return bool(self.settings.pool or self.settings.top_k or self.settings.show_maps)
 
     def record(self, loras: Sequence[str], weights: Any, image_of_row: Sequence[int]) -> None:
         """Keep a step's patch weights ``[N, R, h, w]`` (a tensor, or None where the method has none), if wanted."""
+        self.loras.update(dict.fromkeys(loras))
         if weights is not None and self.records:
             patches = reach(weights.shape[-2:], self.settings.patch_size, self.latent_size)
             self.records[-1].add(loras, weights.float().cpu().numpy(), image_of_row, patches)
+            if self.log_steps:
+                steps = self.records[-1].steps
+                print(step_line(len(steps), loras, steps[-1].weights.mean(axis=(2, 3)).T))
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -218,7 +240,9 @@ class Generation:
         sampling, self._sampling = self._sampling, None
         if sampling is not None:
             sampling.close()
-            if self.records and self.records[-1].steps:
+            if sampling.tally is not None and sampling.tally not in self.tallies:
+                self.tallies.append(sampling.tally)
+            if self.tells_weights and self.records and self.records[-1].steps:
                 # A list: the host takes each image's own entry.
                 self.p.extra_generation_params[PICKED_KEY] = [
                     written_shares(shares) for shares in self.records[-1].shares()
@@ -258,12 +282,14 @@ class Generation:
         """``p.sample``: whatever goes wrong meanwhile is raised here, with everything put back."""
         if self._over:  # another extension has wrapped it, and ``p`` is used once more
             return sample(*args, **kwargs)
+        start = time.perf_counter()
         try:
             try:
                 samples = sample(*args, **kwargs)
                 self.confirm()
             finally:
                 self.close()
+                self.seconds += time.perf_counter() - start
             if self.error is not None:
                 raise self.error
             return samples

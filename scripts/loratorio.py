@@ -4,7 +4,7 @@ from modules import script_callbacks, scripts
 
 from loratorio_ext.generation import Generation
 from loratorio_ext.hosts import webui_adapter
-from loratorio_ext.hosts.limits import add_settings
+from loratorio_ext.hosts.limits import add_settings, log_steps
 from loratorio_ext.hosts.pictures import show
 from loratorio_ext.ui import build_ui
 
@@ -23,7 +23,7 @@ class LoRAtorioScript(scripts.Script):
         return components
 
     def before_process(self, p, *args):
-        Generation.begin(p, args, host)
+        Generation.begin(p, args, host, log_steps())
 
     def process_before_every_sampling(self, p, *args, **kwargs):
         generation = Generation.of(p)
@@ -37,7 +37,8 @@ class LoRAtorioScript(scripts.Script):
 
     def postprocess(self, p, processed, *args):
         generation = Generation.finish(p)
-        if generation is not None:
+        if generation is not None and processed.images:  # none after an error
+            print(generation.summary)
             show(generation, processed)
 
 

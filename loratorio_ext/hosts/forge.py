@@ -39,7 +39,7 @@ from loratorio_ext.hosts.webui import (
     tell_of_loras,
     tell_of_none,
 )
-from loratorio_ext.isolation import ROWS_OF_A_POOL, BatchedCalls, Isolation, Row, in_main_memory
+from loratorio_ext.isolation import ROWS_OF_A_POOL, BatchedCalls, Isolation, Row, Tally, in_main_memory
 
 __all__ = ["check", "clean_up", "forget_conditionings", "interrupt", "open_sampling", "sampled"]
 
@@ -202,6 +202,7 @@ class ForgeSampling:
         self.generation, self.p = generation, generation.p
         self.method = method_from(generation.settings)
         self.steps = 0
+        self.calls: BatchedCalls | None = None
         model = self.p.sd_model
         unet = model.forge_objects.unet.clone()
         self.backend = backend_of(unet)
@@ -215,6 +216,10 @@ class ForgeSampling:
         unet.add_extra_preserved_memory_during_sampling(room_for(loras))
         self.undo = self.replace_evaluation(unet)
         model.forge_objects.unet = unet
+
+    @property
+    def tally(self) -> Tally | None:
+        return None if self.calls is None else self.calls.tally
 
     def close(self) -> None:
         undo, self.undo = self.undo, None

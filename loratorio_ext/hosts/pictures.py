@@ -29,6 +29,8 @@ def save_beside(image: Any, picture: Any, kind: str, infotext: str, p: Any) -> N
 def show(generation: Generation, processed: Any) -> None:
     """Put the pictures behind the result's images, each with its own image's infotext, and save them with these."""
     p, settings = generation.p, generation.settings
+    if not settings.show_maps:
+        return
     first, texts = getattr(processed, "index_of_first_image", 0), list(processed.infotexts)
     # A host that returns masks, too, has no text for these.
     processed.infotexts += texts[-1:] * (len(processed.images) - len(texts))
