@@ -7,6 +7,7 @@ from loratorio_ext.hosts import webui_adapter
 from loratorio_ext.hosts.limits import add_settings, log_steps
 from loratorio_ext.hosts.pictures import show
 from loratorio_ext.ui import build_ui
+from loratorio_ext.xyz import add_axes
 
 host = webui_adapter()  # now, not at the first image: a host reports a script that fails to load
 
@@ -43,3 +44,6 @@ class LoRAtorioScript(scripts.Script):
 
 
 script_callbacks.on_ui_settings(add_settings)
+# The host's own scripts are loaded before those of extensions; were it otherwise, they would be here before the UI is.
+add_axes(scripts.scripts_data)
+script_callbacks.on_before_ui(lambda: add_axes(scripts.scripts_data))
