@@ -65,6 +65,12 @@ class Option:
         noun = "a whole number" if self.kind is int else "a number"
         return f"{noun} from {self.low:g} to {self.high:g}"
 
+    @property
+    def hint(self) -> str:
+        """The help's first sentence, for where there is little room."""
+        sentence, stop, _ = self.help.partition(". ")
+        return f"{sentence}." if stop else sentence
+
     def used_by(self, method: str) -> bool:
         return not self.methods or method in self.methods
 
@@ -242,7 +248,7 @@ OPTIONS = (
         "Method",
         "How LoRAs share the image. loratorio: each where it knows most. composite: the mean of all. switch: one after "
         "the other. merge: the WebUI's own sum, to compare with.",
-        group="",
+        group="Method",
         choices=("loratorio", "composite", "switch", "merge"),
     ),
     Option(
@@ -317,7 +323,7 @@ OPTIONS = (
         0,
         "Keep the k most divergent",
         "Of many LoRAs only this many take part at each step, the ones that diverge most. 0: all.",
-        group="Selection",
+        group="Pool and selection",
         low=0,
         high=64,
         step=1,
@@ -329,7 +335,7 @@ OPTIONS = (
         "image",
         "Select per",
         "Choose the k LoRAs once for the image, or in every patch by itself.",
-        group="Selection",
+        group="Pool and selection",
         choices=("image", "patch"),
         methods=LORATORIO,
         needs="top_k",
@@ -339,7 +345,7 @@ OPTIONS = (
         5,
         "Steps per LoRA",
         "How many steps a LoRA works before the next one takes over.",
-        group="Switch",
+        group="Method",
         low=1,
         high=1000,
         step=1,
@@ -351,7 +357,7 @@ OPTIONS = (
         "Start",
         "Fraction of the steps after which composition starts; before it the LoRAs act merged. Raise it when the "
         "layout should come from the merged model.",
-        group="Window",
+        group="Steps",
         low=0.0,
         high=1.0,
         step=0.05,
@@ -364,7 +370,7 @@ OPTIONS = (
         "End",
         "Fraction of the steps after which composition ends and the LoRAs act merged again. Lower it to save time in "
         "the late steps that only touch detail.",
-        group="Window",
+        group="Steps",
         low=0.0,
         high=1.0,
         step=0.05,
@@ -403,7 +409,7 @@ OPTIONS = (
         "Pool",
         "More LoRAs that may take part, beside the prompt's: names, patterns (robot*) or folders (styles/*), each with "
         "a weight after a colon if it has one of its own (robot:0.8). Weight 0 leaves a LoRA out.",
-        group="Selection",
+        group="Pool and selection",
         methods=COMPOSING,
         idle=(),
     ),
@@ -412,7 +418,7 @@ OPTIONS = (
         1.0,
         "Weight in the pool",
         "The weight of every LoRA of the pool that has none of its own.",
-        group="Selection",
+        group="Pool and selection",
         low=-2.0,
         high=2.0,
         step=0.05,
@@ -425,7 +431,7 @@ OPTIONS = (
         "Select every n-th step",
         "1: every LoRA is evaluated in every step (exact). More: only in every n-th step; in the steps between, only "
         "the LoRAs that were kept there. It has no effect while LoRAs are refreshed in turn.",
-        group="Selection",
+        group="Pool and selection",
         low=1,
         high=1000,
         step=1,
@@ -437,7 +443,7 @@ OPTIONS = (
         False,
         "Show who painted what",
         "Adds pictures to each image: the LoRAs' weights on it in colours, a map of each, their shares over the steps.",
-        group="Selection",
+        group="",
         methods=LORATORIO,
         idle=False,
     ),
@@ -448,7 +454,7 @@ OPTIONS = (
         "For LoRAs by name, what tags can say as well: at (left, right, top, bottom, centre, or x0-y0-x1-y1 in "
         "fractions), share (a factor on its claim), steps (first-last in fractions), base (in every pass); and mask, a "
         "picture in base64, white where it may act.",
-        group="Places",
+        group="Where, when, how much",
         methods=COMPOSING,
         idle=Frozen(),
     ),
@@ -458,7 +464,7 @@ OPTIONS = (
         "Everywhere",
         "LoRAs of the prompt or the pool that are no concept but a way of sampling (LCM, Lightning, sliders): names, "
         "patterns or folders. They act in every pass, the bare model's too, and compete for nothing.",
-        group="Everywhere",
+        group="In every pass",
         methods=COMPOSING,
         idle=(),
     ),

@@ -13,14 +13,25 @@ host = webui_adapter()  # now, not at the first image: a host reports a script t
 
 
 class LoRAtorioScript(scripts.Script):
+    prompt = None
+    """The tab's input for it, where there is a UI."""
+
+    @property
+    def tab(self):
+        return "img2img" if self.is_img2img else "txt2img"
+
     def title(self):
         return "LoRAtorio"
 
     def show(self, is_img2img):
         return scripts.AlwaysVisible
 
+    def after_component(self, component, **kwargs):
+        if kwargs.get("elem_id") == f"{self.tab}_prompt":
+            self.prompt = component
+
     def ui(self, is_img2img):
-        components, self.infotext_fields = build_ui("img2img" if is_img2img else "txt2img")
+        components, self.infotext_fields = build_ui(self.tab, self.prompt)
         return components
 
     def before_process(self, p, *args):
