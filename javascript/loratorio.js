@@ -60,10 +60,21 @@ function loratorioDescribe(tab) {
     const helps = gradioApp().querySelector(`#loratorio_${tab} .loratorio-helps`);
     for (const [id, text] of Object.entries(JSON.parse(helps?.dataset.helps || "{}"))) {
         const input = gradioApp().querySelector(`#${id}`);
-        if (input) input.title = text;
+        if (input && input.title !== text) input.title = text;
     }
-    gradioApp().querySelector(`#loratorio_${tab}_loras`)?.setAttribute("aria-live", "polite");
-    gradioApp().querySelector(`#loratorio_${tab}-visible-checkbox`)?.setAttribute("aria-label", "LoRAtorio on or off");
+    // A slider's number has no label of its own.
+    for (const number of gradioApp().querySelectorAll(`#loratorio_${tab} input[type=number]:not([aria-label])`)) {
+        const block = number.closest(`[id^=loratorio_${tab}_]`);
+        const label = block?.querySelector("[data-testid=block-info]")?.textContent.trim();
+        if (label) number.setAttribute("aria-label", label);
+    }
+    for (const [id, name, words] of [
+        [`loratorio_${tab}_loras`, "aria-live", "polite"],
+        [`loratorio_${tab}-visible-checkbox`, "aria-label", "LoRAtorio on or off"],
+    ]) {
+        const element = gradioApp().querySelector(`#${id}`);
+        if (element && element.getAttribute(name) !== words) element.setAttribute(name, words);
+    }
 }
 
 onUiLoaded(() => {
@@ -73,4 +84,9 @@ onUiLoaded(() => {
         loratorioLook(tab);
     }
 });
-onAfterUiUpdate(() => LORATORIO_TABS.forEach(loratorioLook));
+onAfterUiUpdate(() => {
+    for (const tab of LORATORIO_TABS) {
+        loratorioDescribe(tab);
+        loratorioLook(tab);
+    }
+});
