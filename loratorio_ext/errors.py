@@ -63,3 +63,9 @@ class FileFormatError(FileError):
     """The file or folder is there, and cannot be read as what it should be."""
 
     status_code = 422
+
+
+class WriteError(FileError):
+    """A file cannot be written where it should be."""
+
+    status_code = 500

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loratorio_ext.errors import SettingsError, UnsupportedError
+from loratorio_ext.multipliers import parse_multiplier
 
 PNG_KEY = "parameters"
 """The text chunk in which WebUIs keep an image's infotext."""
@@ -28,17 +29,30 @@ class LoraToken:
 
 
 def parse_token(text: str) -> LoraToken:
-    """The inside of a token, after ``lora:``: ``name``, ``name:weight``, ``name:te:unet``, ``name:te=…:unet=…``."""
-    positional = [part for part in text.split(":") if "=" not in part]
-    named = dict(part.split("=", 1) for part in text.split(":") if "=" in part)
-    if len(positional) > 3 or "dyn" in named:
-        raise UnsupportedError(f"LoRAtorio: <lora:{text}> asks for a part of the LoRA's rank, which is not supported")
-    try:
-        name, *weights = positional
-        te_weight = float(named.get("te", weights[0] if weights else 1.0))
-        return LoraToken(name, te_weight, float(named.get("unet", weights[1] if len(weights) > 1 else te_weight)))
-    except ValueError as error:
-        raise SettingsError(f"LoRAtorio: <lora:{text}> must be a name, and numbers for weights") from error
+    """The inside of a token, after ``lora:``: ``name``, ``name:weight``, ``name:te:unet``, ``name:te=…:unet=…``.
+
+    Raises `UnsupportedError` for what other extensions write there (``dyn=…``, ``lbw=…``, ``start=…``), and
+    `SettingsError` for what is no name or no number.
+    """
+    said = f"<lora:{text}>"
+    name, *parts = text.split(":")
+    positional = [part for part in parts if "=" not in part]
+    named = dict(part.split("=", 1) for part in parts if "=" in part)
+    if len(positional) > 2 or "dyn" in named:
+        raise UnsupportedError(f"LoRAtorio: {said} asks for a part of the LoRA's rank, which is not supported")
+    unknown = sorted(set(named) - {"te", "unet"})
+    if unknown:
+        raise UnsupportedError(
+            f"LoRAtorio: {said} says {', '.join(unknown)}, of which nothing is known here; it may say te and unet",
+            field="prompt",
+            value=said,
+            allowed="<lora:name>, <lora:name:weight>, <lora:name:te:unet>, <lora:name:te=…:unet=…>",
+        )
+    if not name.strip() or "=" in name:
+        raise SettingsError(f"LoRAtorio: {said} must begin with a LoRA's name", field="prompt", value=said)
+    te_weight = parse_multiplier(named.get("te", positional[0] if positional else "1"), said, "prompt")
+    unet = named.get("unet", positional[1] if len(positional) > 1 else None)
+    return LoraToken(name, te_weight, te_weight if unet is None else parse_multiplier(unet, said, "prompt"))
 
 
 def split_prompt(prompt: str) -> tuple[str, list[LoraToken]]:

@@ -14,8 +14,8 @@ from fnmatch import fnmatchcase
 from pathlib import PurePath
 from typing import Any
 
-from loratorio_ext.errors import SettingsError
-from loratorio_ext.settings import nearest_name, shown
+from loratorio_ext.errors import SettingsError, nearest_name, shown
+from loratorio_ext.multipliers import check_multiplier
 
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)")
 WILD = re.compile(r"[*?\[]")
@@ -80,7 +80,8 @@ def named(name: str, listed: Sequence[Listed]) -> Listed | None:
         found = {lora.file: lora for lora in listed if getattr(lora, kind) == name}
         if len(found) > 1:
             paths = ", ".join(sorted(lora.path for lora in found.values()))
-            raise SettingsError(f"LoRAtorio: {shown(name)} in the pool may be any of {paths}")
+            message = f"LoRAtorio: {shown(name)} in the pool may be any of {paths}"
+            raise SettingsError(message, field="pool", value=name, allowed=f"one of {paths}")
         if found:
             return next(iter(found.values()))
     return None
@@ -106,7 +107,8 @@ def folders(listed: Iterable[Listed]) -> list[str]:
 def unknown(entry: str, listed: Sequence[Listed]) -> SettingsError:
     """The error for an entry that means nothing here, with what is near it."""
     if not listed:
-        return SettingsError(f"LoRAtorio: there is no LoRA {shown(entry)} for the pool: the host lists none at all")
+        message = f"LoRAtorio: there is no LoRA {shown(entry)} for the pool: the host lists none at all"
+        return SettingsError(message, field="pool", value=entry)
     near = {name: name for lora in listed for name in lora.names}
     near |= {folder.removesuffix("/*"): folder for folder in folders(listed)} | {name: name for name in folders(listed)}
     what = "no LoRA matches" if WILD.search(entry) else "there is no LoRA"
@@ -115,7 +117,7 @@ def unknown(entry: str, listed: Sequence[Listed]) -> SettingsError:
     by_lower = {name.lower(): meant for name, meant in near.items()}
     hint = nearest_name(wanted.lower(), by_lower).removeprefix("; did you mean ").removesuffix("?")
     hint = f"; did you mean {by_lower[hint]}?" if hint else ""
-    return SettingsError(f"LoRAtorio: {what} {shown(entry)} for the pool{hint}")
+    return SettingsError(f"LoRAtorio: {what} {shown(entry)} for the pool{hint}", field="pool", value=entry)
 
 
 def meaning(entry: str, listed: Sequence[Listed]) -> tuple[bool, list[Listed], tuple[float, ...]]:
@@ -132,13 +134,16 @@ def resolve(pool: Iterable[str], listed: Sequence[Listed], weight: float) -> lis
     """The pool's LoRAs, each once, in the order in which entries first mean them.
 
     An entry that names a LoRA goes before one that matches it, of two of a kind the later one; entries without a weight
-    mean ``weight``. LoRAs at weight 0 are left out. Raises `SettingsError` for an entry that means nothing here.
+    mean ``weight``. LoRAs at weight 0 are left out. Raises `SettingsError` for an entry that means nothing here, and
+    for weights that are out of range.
     """
     members: dict[str, Member] = {}
     by_name: set[str] = set()
     for entry in pool:
         one, found, weights = meaning(entry, listed)
         te, unet = (weights[0], weights[-1]) if weights else (weight, weight)
+        for each in (te, unet):
+            check_multiplier(each, f"{shown(entry)} of the pool", "pool")
         for lora in found:
             if one or lora.file not in by_name:
                 members[lora.file] = Member(lora, te, unet, entry)
@@ -151,9 +156,10 @@ def gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
 
 
-def check_size(members: Iterable[Member], most_files: int, most_bytes: int) -> None:
+def check_size(members: Iterable[Member], most_files: int, most_bytes: int, otherwise: str = "raise the limit") -> None:
     """Raises `SettingsError` for a pool of more than ``most_files`` LoRAs, or whose files hold more than ``most_bytes``
-    together; 0 is no limit. Every LoRA of a pool is in memory while an image is made."""
+    together; 0 is no limit. Every LoRA of a pool is in memory while an image is made. ``otherwise``: what to do when so
+    many are meant."""
     members = list(members)
     size = sum(member.lora.size for member in members)
     too_many, too_large = 0 < most_files < len(members), 0 < most_bytes < size
@@ -172,7 +178,7 @@ def check_size(members: Iterable[Member], most_files: int, most_bytes: int) -> N
     raise SettingsError(
         f"LoRAtorio: the pool holds {len(members)} LoRAs of {gib(size)}, of which {shown(entry)} brings "
         f"{len(by_entry)} of {gib(sum(by_entry))}, and may hold {allowed}, since all of it is in memory at once: name "
-        f"fewer, leave some out with a weight of 0 (name:0), or raise the limit",
+        f"fewer, leave some out with a weight of 0 (name:0), or {otherwise}",
         field="pool",
         value=entry,
         allowed=allowed,

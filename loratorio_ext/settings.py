@@ -89,8 +89,13 @@ class Option:
         else:
             valid = number and self.low <= value <= self.high and (self.kind is float or value == int(value))
         if not valid:
-            raise SettingsError(f"LoRAtorio: {self.name} must be {self.allowed}, got {shown(value)}")
+            raise self.refused(value)
         return self.kind(value)
+
+    def refused(self, value: Any) -> SettingsError:
+        """The error for a value that the option may not have."""
+        message = f"LoRAtorio: {self.name} must be {self.allowed}, got {shown(value)}"
+        return SettingsError(message, field=self.name, value=value, allowed=self.allowed)
 
     def write(self, value: Any) -> str:
         """A value's infotext form."""
@@ -105,7 +110,7 @@ class Option:
         try:
             return self.check(float(text))
         except ValueError as error:
-            raise SettingsError(f"LoRAtorio: {self.name} must be {self.allowed}, got {shown(text)}") from error
+            raise self.refused(text) from error
 
     @property
     def unsaid(self) -> Any:
@@ -162,7 +167,7 @@ class Lines(Option):
     def check(self, value: Any) -> tuple[str, ...]:
         """The list as a tuple; raises `SettingsError` unless every member is text of one line."""
         if not isinstance(value, (list, tuple)) or not all(map(is_line, value)):
-            raise SettingsError(f"LoRAtorio: {self.name} must be {self.allowed}, got {shown(value)}")
+            raise self.refused(value)
         return tuple(value)
 
     def write(self, value: Sequence[str]) -> str:
@@ -172,7 +177,7 @@ class Lines(Option):
         try:
             return self.check(json.loads(text))
         except (TypeError, ValueError, RecursionError) as error:  # JSON's errors and `SettingsError` are ValueErrors
-            raise SettingsError(f"LoRAtorio: {self.name} must be {self.allowed}, got {shown(text)}") from error
+            raise self.refused(text) from error
 
 
 class Frozen(dict):
@@ -503,7 +508,9 @@ class _Settings:
         for option in OPTIONS:
             object.__setattr__(self, option.name, option.check(getattr(self, option.name)))
         if self.start >= self.end:
-            raise SettingsError(f"LoRAtorio: start must be less than end ({self.end:g}), got {self.start:g}")
+            allowed = f"less than end ({self.end:g})"
+            message = f"LoRAtorio: start must be {allowed}, got {self.start:g}"
+            raise SettingsError(message, field="start", value=self.start, allowed=allowed)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], base: "Settings | None" = None) -> "Settings":
@@ -517,10 +524,13 @@ class _Settings:
         for name in values:
             if name not in known:
                 hint = nearest_name(str(name), known)
-                raise SettingsError(f"LoRAtorio: there is no option {shown(name)}{hint} (options: {', '.join(known)})")
+                message = f"LoRAtorio: there is no option {shown(name)}{hint} (options: {', '.join(known)})"
+                raise SettingsError(message, field=str(name), value=values[name], allowed="one of " + ", ".join(known))
         preset = values.get("preset", "default")
         if not isinstance(preset, str) or preset not in PRESETS:
-            raise SettingsError(f"LoRAtorio: preset must be one of {', '.join(PRESETS)}, got {shown(preset)}")
+            allowed = f"one of {', '.join(PRESETS)}"
+            message = f"LoRAtorio: preset must be {allowed}, got {shown(preset)}"
+            raise SettingsError(message, field="preset", value=preset, allowed=allowed)
         given = {name: value for name, value in values.items() if name != "preset"}
         return replace(base or cls(), **{**PRESETS[preset], **given})
 

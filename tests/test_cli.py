@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import re
 import subprocess
 import sys
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from loratorio_ext import __version__
 from loratorio_ext.errors import SettingsError, UnsupportedError
 from loratorio_ext.infotext import LoraToken, infotext, join_prompt, split_prompt
 from loratorio_ext.record import read_shares
+from loratorio_ext.samplers import SAMPLERS
 from loratorio_ext.settings import OPTIONS, Settings
 
 pytest.importorskip("diffusers")
@@ -20,11 +23,13 @@ pytest.importorskip("typer")
 
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from loratorio_ext.cli import app, find_lora, parse_lora, parse_size
+from loratorio_ext.cli import app
 from loratorio_ext.hosts.diffusers import composed, generators, load_lora, load_pipeline, scheduler_for
+from loratorio_ext.standalone.report import EXIT_CODES, INTERRUPTED, UNFORESEEN, written
+from loratorio_ext.standalone.requests import find_lora, parse_lora, parse_size
 from tests.tiny_pipelines import make_pipeline, write_lora
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "UserWarning")]
@@ -182,6 +187,10 @@ class TestGenerate:
         assert result.exit_code == 0, result.output
         assert all("similarity" not in step for step in json.loads(result.stdout)["steps"])
 
+    def test_half_precision(self, folder):
+        result = run(folder, "--json", "--lora", folder / "loras/hat.safetensors", dtype="bfloat16")
+        assert json.loads(result.stdout)["model"]["dtype"] == "torch.bfloat16", result.output
+
     def test_a_random_seed_is_reported(self, folder):
         result = run(folder, "--json", "--lora", folder / "loras/hat.safetensors", seed=-1)
         assert 0 <= json.loads(result.stdout)["images"][0]["seed"] < 2**32
@@ -191,6 +200,241 @@ class TestGenerate:
         for option in OPTIONS[1:]:
             assert f"--{option.name.replace('_', '-')} " in shown
         assert "--enabled" not in shown
+
+
+def damaged(source, path, change):
+    """A copy of a LoRA file, its tensors changed in place."""
+    values = load_file(source)
+    change(values)
+    save_file(values, path)
+    return path
+
+
+def write_number(ending, number):
+    """Writes a number into a LoRA's first tensor of this kind."""
+
+    def change(values):
+        next(value for name, value in values.items() if name.endswith(ending)).view(-1)[0] = number
+
+    return change
+
+
+class TestNothingSilent:
+    """What went otherwise than asked is in the infotext, in the report, and on stderr."""
+
+    def noted(self, result, path, pattern):
+        assert result.exit_code == 0, result.output
+        note = read_infotext(path)[2]["LoRAtorio note"]
+        assert re.search(pattern, note), note
+        assert note in json.loads(result.stdout)["notes"] and note in result.stderr
+        return json.loads(result.stdout)
+
+    def test_a_lora_that_adds_nothing(self, folder, tmp_path):
+        hat, out = folder / "loras/hat.safetensors", tmp_path / "out.png"
+        cat = damaged(
+            folder / "loras/deep/cat.safetensors", tmp_path / "nil.safetensors", lambda values: values.clear()
+        )
+        result = run(folder, "--json", "--lora", hat, "--lora", cat, out=out)
+        report = self.noted(result, out, "nil adds nothing to the model .* takes no part")
+        assert report["inert"] == ["nil"] and all(step["weights"] == [1.0] for step in report["steps"])
+        run(folder, "--lora", hat, out=tmp_path / "alone.png")
+        assert Image.open(out).tobytes() == Image.open(tmp_path / "alone.png").tobytes()
+
+    def test_at_weight_zero_it_is_the_bare_model(self, folder, tmp_path):
+        result = run(folder, "--json", "--lora", f"{folder}/loras/hat.safetensors:0", out=tmp_path / "out.png")
+        self.noted(result, tmp_path / "out.png", "hat adds nothing")
+
+    @pytest.mark.parametrize("way", ["same", "dots", "link", "prompt"])
+    def test_one_file_by_two_paths(self, folder, tmp_path, way):
+        hat, out = folder / "loras/hat.safetensors", tmp_path / "out.png"
+        (tmp_path / "link.safetensors").symlink_to(hat)
+        other = {"same": hat, "dots": folder / "loras/deep/../hat.safetensors", "link": tmp_path / "link.safetensors"}
+        if way == "prompt":
+            call = {"prompt": "a cat <lora:hat:1>", "lora_dir": folder / "loras"}
+        else:
+            call = {"lora": other[way]}
+        result = run(folder, "--json", "--lora", f"{hat}:0.5", **call, out=out)
+        report = self.noted(result, out, "are one LoRA, which takes part once, at weight 0.5:0.5|at weight 1:1")
+        assert len(report["loras"]) == 1 and all(step["weights"] == [1.0] for step in report["steps"])
+
+    def test_a_linked_file_of_a_pool(self, folder, tmp_path):
+        (tmp_path / "a.safetensors").symlink_to(folder / "loras/hat.safetensors")
+        (tmp_path / "b.safetensors").symlink_to(folder / "loras/hat.safetensors")
+        result = run(folder, "--json", "--pool", "*", lora_dir=tmp_path, out=tmp_path / "out.png")
+        assert len(json.loads(result.stdout)["pool"]) == 1
+
+    def test_damage_in_a_pool(self, folder, tmp_path):
+        """NaN, several alphas, metadata that is no JSON: each is left out by name, and the rest composes."""
+        hat, cat = folder / "loras/hat.safetensors", folder / "loras/deep/cat.safetensors"
+        for name, change in {
+            "nan": write_number(".lora_up.weight", math.nan),
+            "inf": write_number(".alpha", math.inf),
+            "alphas": lambda values: values.update({"lora_unet_conv_in.alpha": torch.ones(2)}),
+            "rank": lambda values: values.update({"lora_unet_conv_in.lora_up.weight": torch.ones(16, 0)}),
+        }.items():
+            damaged(hat, tmp_path / f"{name}.safetensors", change)
+        save_file(load_file(cat), tmp_path / "json.safetensors", metadata={"lora_adapter_metadata": "[" * 100_000})
+        (tmp_path / "good.safetensors").write_bytes(hat.read_bytes())
+        out = tmp_path / "out.png"
+        result = run(folder, "--json", "--pool", "*", lora_dir=tmp_path, out=out)
+        assert result.exit_code == 0, result.output
+        report = json.loads(result.stdout)
+        assert [Path(each["file"]).stem for each in report["pool"]] == ["good"]
+        assert set(report["left_out"]) == {"nan", "inf", "alphas", "rank", "json"}
+        assert len(report["notes"]) == 5 and "; ".join(report["notes"]) == read_infotext(out)[2]["LoRAtorio note"]
+        run(folder, "--lora", hat, out=tmp_path / "hat.png")
+        assert Image.open(out).tobytes() == Image.open(tmp_path / "hat.png").tobytes()
+
+    def test_a_prompt_longer_than_the_model_reads(self, folder, tmp_path):
+        lora = ("--lora", folder / "loras/hat.safetensors")
+        result = run(folder, "--json", *lora, prompt="x " * 75 + "and the rest", out=tmp_path / "out.png")
+        self.noted(
+            result, tmp_path / "out.png", "the prompt is longer than the model reads; not read is: and the rest$"
+        )
+
+    def test_quiet(self, folder):
+        result = run(folder, "--quiet", "--lora", f"{folder}/loras/hat.safetensors:0")
+        assert result.exit_code == 0 and result.output == ""
+        assert run(folder, "--quiet").stderr.startswith("LoRAtorio: no LoRA given")
+
+    @pytest.mark.parametrize(
+        "sampler, said",
+        [("DPM++ 2M", "SGM Uniform"), ("euler", "Uniform"), ("dpm2 KARRAS", "Karras"), ("ddim", "Automatic")],
+    )
+    def test_the_schedule_that_ran(self, folder, tmp_path, sampler, said):
+        out = tmp_path / "out.png"
+        run(folder, "--lora", folder / "loras/hat.safetensors", sampler=sampler, out=out)
+        values = read_infotext(out)[2]
+        assert values["Schedule type"] == said and values["Sampler"].lower() == sampler.lower().removesuffix(" karras")
+
+
+class TestErrorReports:
+    @pytest.mark.parametrize(
+        "options, code, kind, field, value",
+        [
+            ({"steps": 0}, 2, "SettingsError", "steps", "0"),
+            ({"steps": "many"}, 2, "SettingsError", "steps", "many"),
+            ({"patch_size": 65}, 2, "SettingsError", "patch_size", 65),
+            ({"preset": "magic"}, 2, "SettingsError", "preset", "magic"),
+            ({"pool_gib": "inf"}, 2, "SettingsError", "pool_gib", "inf"),
+            ({"cfg": "nan"}, 2, "SettingsError", "cfg", "nan"),
+            ({"sampler": "magic"}, 2, "SettingsError", "sampler", "magic"),
+            ({"size": "100000x100000"}, 2, "SettingsError", "size", "100000x100000"),
+            ({"device": "cuda:99"}, 2, "SettingsError", "device", "cuda:99"),
+            ({"device": "meta"}, 2, "SettingsError", "device", "meta"),
+            ({"device": "nonsense"}, 2, "SettingsError", "device", "nonsense"),
+            ({"dtype": "int8"}, 2, "SettingsError", "dtype", "int8"),
+            ({"offload": "sequential"}, 2, "SettingsError", "offload", "sequential"),
+            ({"offload": "model"}, 2, "SettingsError", "offload", "model"),
+            ({"offload": "disk"}, 2, "SettingsError", "offload", "disk"),
+            ({"lora": "{}/loras/hat.safetensors:nan"}, 2, "SettingsError", "lora", "nan"),
+            ({"lora": "{}/loras"}, 4, "FileFormatError", "lora", "{}/loras"),
+            ({"lora": "{}/loras/hot.safetensors"}, 3, "MissingFileError", "lora", "{}/loras/hot.safetensors"),
+            ({"lora": "{}/broken.safetensors"}, 4, "FileFormatError", "lora", "{}/broken.safetensors"),
+            ({"model": "{}/loras/hat.safetensors"}, 4, "FileFormatError", "model", "{}/loras/hat.safetensors"),
+            ({"model": "{}/nowhere"}, 3, "MissingFileError", "model", "{}/nowhere"),
+            ({"config": "{}/nowhere"}, 3, "MissingFileError", "config", "{}/nowhere"),
+            ({"lora": "{}/xl.safetensors"}, 5, "UnsupportedError", "lora", "{}/xl.safetensors"),
+            ({"out": "{}/out.jpg"}, 2, "SettingsError", "out", "{}/out.jpg"),
+            ({"out": "{}/broken.safetensors/out.png"}, 6, "WriteError", "out", "{}/broken.safetensors/out.png"),
+            ({"prompt": "<lora:cet:1>", "lora_dir": "{}/loras"}, 3, "MissingFileError", "prompt", "cet"),
+        ],
+        ids=str,
+    )
+    def test_every_error_names_field_and_value(self, folder, options, code, kind, field, value):
+        options = {name: str(each).replace("{}", str(folder)) for name, each in options.items()}
+        result = run(folder, "--json", **{"lora": folder / "loras/hat.safetensors", **options})
+        assert result.exit_code == code, result.output
+        error = json.loads(result.stdout)["error"]
+        value = value.replace("{}", str(folder)) if isinstance(value, str) else value
+        assert (error["kind"], error["field"], error["value"], error["exit_code"]) == (kind, field, value, code)
+        assert error["message"] and error["message"] in " ".join(result.stderr.split())
+        assert error["allowed"] or code in (3, 4, 5) or value == "many"
+
+    def test_what_the_options_may_be(self, folder):
+        result = run(folder, "--json", "--lora", folder / "loras/hat.safetensors", steps=0)
+        assert json.loads(result.stdout)["error"]["allowed"] == "from 1 to 1000"
+
+    def test_hints(self, folder):
+        refused(run(folder, "--lora", folder / "loras/het.safetensors"), 3, "did you mean hat.safetensors")
+        refused(run(folder, prompt="<lora:cet:1>", lora_dir=folder / "loras"), 3, "did you mean cat")
+        refused(run(folder, "--lora", folder / "loras"), 4, "is a folder; --lora takes a file")
+
+    def test_a_lora_by_its_name_in_the_folder(self, folder):
+        result = run(folder, "--json", "--lora", "cat:0.5", lora_dir=folder / "loras")
+        assert json.loads(result.stdout)["loras"] == [
+            {"file": str(folder / "loras/deep/cat.safetensors"), "weights": [0.5, 0.5]}
+        ]
+        refused(run(folder, "--lora", "cet", lora_dir=folder / "loras"), 3, "did you mean cat")
+
+    def test_an_image_of_no_numbers_is_never_written(self, folder, tmp_path):
+        """Finite numbers that overflow in the model: no black picture."""
+        hat = folder / "loras/hat.safetensors"
+        loud = damaged(hat, tmp_path / "loud.safetensors", lambda values: [v.fill_(1e30) for v in values.values()])
+        result = run(folder, "--json", "--lora", loud, out=tmp_path / "out.png")
+        refused(result, 5, "after step 1 the image holds NaN or infinity")
+        assert json.loads(result.stdout)["error"]["kind"] == "UnsupportedError"
+        assert not (tmp_path / "out.png").exists()
+
+    def test_damage(self, folder, tmp_path):
+        hat = folder / "loras/hat.safetensors"
+        nan = damaged(hat, tmp_path / "nan.safetensors", write_number(".lora_down.weight", math.nan))
+        refused(run(folder, "--lora", nan), 4, "nan.safetensors is damaged")
+
+    def test_a_large_pool(self, folder):
+        pool = ("--pool", "*", "--lora-dir", folder / "loras")
+        refused(
+            run(folder, *pool, pool_files=1), 2, r"holds 2 LoRAs .* '\*' brings 2 .* at most 1 LoRAs .*--pool-files"
+        )
+        refused(run(folder, *pool, pool_gib=1e-6), 2, "may hold .* at most 0.00 GiB in all")
+        assert run(folder, *pool, pool_files=0, pool_gib=0).exit_code == 0
+
+    @pytest.mark.parametrize(
+        "error, said", [(RuntimeError("oh"), "unforeseen"), (MemoryError("oh"), "not enough memory")]
+    )
+    def test_the_unforeseen(self, folder, monkeypatch, error, said):
+        def fail(*_):
+            raise error
+
+        monkeypatch.setattr("loratorio_ext.cli.find_model", fail)
+        result = run(folder, "--json")
+        refused(result, 1, f"{said}.*oh")
+        report = json.loads(result.stdout)["error"]
+        assert report["kind"] == type(error).__name__ and report["exit_code"] == 1
+
+    def test_an_interrupt(self, folder, monkeypatch):
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("loratorio_ext.cli.find_model", interrupt)
+        result = run(folder, "--json")
+        assert result.exit_code == 130 and json.loads(result.stdout)["error"]["exit_code"] == 130
+
+    def test_numbers_that_json_has_no_word_for(self):
+        report = {"a": [math.nan, (1.5, -math.inf)], "b": {"c": math.inf}, "d": "NaN"}
+        assert json.loads(written(report)) == {"a": [None, [1.5, None]], "b": {"c": None}, "d": "NaN"}
+
+
+class TestHelp:
+    def shown(self, *arguments):
+        result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200", "TERM": "dumb"})
+        assert result.exit_code == 0
+        return " ".join(result.output.split())
+
+    def test_version(self):
+        assert self.shown("--version") == f"loratorio {__version__}"
+
+    def test_samplers(self):
+        text = self.shown("generate", "--help")
+        for sampler in SAMPLERS:
+            assert sampler in text
+
+    def test_every_exit_code(self):
+        text = self.shown("generate", "--help").partition("Exit codes:")[2]
+        documented = (Path(__file__).parents[1] / "docs/diffusers.md").read_text()
+        for code in (0, *EXIT_CODES.values(), UNFORESEEN, INTERRUPTED):
+            assert re.search(rf"\b{code} [a-zA-Z]", text)
+            assert f"\n| {code} |" in documented
 
 
 class TestRefusals:
@@ -259,12 +503,23 @@ class TestParsing:
             ("C:/x/a.safetensors:2", ("C:/x/a.safetensors", 2.0, 2.0)),
             ("C:/x/a.safetensors", ("C:/x/a.safetensors", 1.0, 1.0)),
             ("a:b.safetensors:0", ("a:b.safetensors", 0.0, 0.0)),
-            ("a.safetensors:nan", ("a.safetensors:nan", 1.0, 1.0)),
+            ("a.safetensors:1e-2", ("a.safetensors", 0.01, 0.01)),
+            ("a.SAFETENSORS:2", ("a.SAFETENSORS", 2.0, 2.0)),
+            ("robot:0.5:1", ("robot", 0.5, 1.0)),
+            ("a.safetensors/b", ("a.safetensors/b", 1.0, 1.0)),
+            ("", (".", 1.0, 1.0)),
         ],
     )
     def test_lora(self, text, expected):
         path, te_weight, unet_weight = parse_lora(text)
         assert (str(path), te_weight, unet_weight) == expected
+
+    @pytest.mark.parametrize("weights", ["nan", "inf", "-inf", "1e6", "100.1", "abc", "", "1:", "1:x", "1_0", "1:2:3"])
+    @pytest.mark.parametrize("file", ["a.safetensors", "C:/x/a.safetensors", "robot"])
+    def test_weights_of_files_that_are_none(self, file, weights):
+        with pytest.raises(SettingsError, match=re.escape(f"{file}:{weights}")) as caught:
+            parse_lora(f"{file}:{weights}")
+        assert caught.value.field == "lora" and caught.value.allowed
 
     def test_size(self):
         assert parse_size("512x768") == (512, 768)
@@ -287,12 +542,19 @@ class TestParsing:
         assert rest == ("x <lora:> y" if not tokens else "x  y")
         assert split_prompt(join_prompt("", found))[1] == tokens
 
-    @pytest.mark.parametrize("text", ["<lora:a:b>", "<lora:a:te=x>", "<lora:te=1>"])
+    @pytest.mark.parametrize(
+        "text",
+        ["<lora:a:b>", "<lora:a:te=x>", "<lora:te=1>", "<lora:a:nan>", "<lora:a:inf>", "<lora:a:1e9>", "<lora:a:>"],
+    )
     def test_bad_weights(self, text):
-        with pytest.raises(SettingsError, match=text[1:-1]):
+        with pytest.raises(SettingsError, match=text[1:-1]) as caught:
             split_prompt(text)
+        assert caught.value.field == "prompt"
 
-    @pytest.mark.parametrize("text", ["<lora:a:1:1:8>", "<lora:a:1:dyn=8>", "<hypernet:a:1>"])
+    @pytest.mark.parametrize(
+        "text",
+        ["<lora:a:1:1:8>", "<lora:a:1:dyn=8>", "<hypernet:a:1>", "<lora:a:1:lbw=0,1>", "<lora:a:1:start=5:stop=9>"],
+    )
     def test_unsupported_tokens(self, text):
         with pytest.raises(UnsupportedError, match=text[1:-1]):
             split_prompt(text)
@@ -326,14 +588,47 @@ class TestIndependence:
         users = {
             str(path.relative_to(self.ROOT))
             for path in files
-            if {"diffusers", "peft", "transformers", "typer", "accelerate"} & set(imported(path))
+            if {"compel", "diffusers", "lycoris", "peft", "transformers", "typer", "accelerate"} & set(imported(path))
         }
-        assert users == {"loratorio_ext/hosts/diffusers.py", "loratorio_ext/cli.py"}
+        standalone = {f"loratorio_ext/standalone/{name}.py" for name in ("options", "quiet")}
+        hosts = {f"loratorio_ext/hosts/{name}.py" for name in ("diffusers", "diffusers_loras", "lycoris", "prompts")}
+        assert users == hosts | {"loratorio_ext/cli.py"} | standalone
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ["--sampler", "magic"],
+            ["--dtype", "int8"],
+            ["--offload", "disk"],
+            ["--size", "1x1"],
+            ["--out", "out.jpg"],
+            ["--pool", "magic"],
+            ["--lora", "nowhere.safetensors"],
+            ["--lora", "pyproject.toml"],
+            ["--model", "nowhere"],
+            ["--model", "README.md"],
+            ["--config", "nowhere"],
+        ],
+        ids=" ".join,
+    )
+    def test_what_is_wrong_is_said_before_anything_slow_is_imported(self, arguments):
+        code = """
+import sys
+from loratorio_ext.cli import app
+try:
+    app(sys.argv[1:])
+finally:
+    print("slow:", *({"torch", "diffusers", "transformers"} & set(sys.modules)))
+"""
+        given = ["generate", "--model", "tinyworld", "--prompt", "<lora:star_quiet:1>", *arguments]
+        done = subprocess.run([sys.executable, "-c", code, *given], cwd=self.ROOT, capture_output=True, text=True)
+        assert done.returncode in (2, 3, 4) and done.stderr.startswith("LoRAtorio: "), done.stderr
+        assert done.stdout.strip() == "slow:"
 
     def test_the_package_works_without_them(self):
         code = """
 import sys
-for name in ("diffusers", "peft", "transformers", "typer"):
+for name in ("diffusers", "peft", "safetensors", "transformers", "typer"):
     sys.modules[name] = None
 import loratorio_ext, loratorio_ext.core, loratorio_ext.isolation, loratorio_ext.infotext, loratorio_ext.settings
 try:
@@ -342,4 +637,4 @@ except SystemExit as error:
     print(error)
 """
         done = subprocess.run([sys.executable, "-c", code], cwd=self.ROOT, capture_output=True, text=True, check=True)
-        assert "sd-webui-loratorio[standalone]" in done.stdout
+        assert "pip install '.[standalone]'" in done.stdout

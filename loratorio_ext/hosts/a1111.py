@@ -40,17 +40,6 @@ from loratorio_ext.hosts.a1111_loras import (
     undisturbed,
     unet_lora,
 )
-from loratorio_ext.hosts.a1111_texts import (
-    Affix,
-    as_condition,
-    is_finite_text,
-    pad_to_each_other,
-    same_text,
-    text_and_others,
-    text_at_step,
-    token_count,
-    tokens_of,
-)
 from loratorio_ext.hosts.neighbours import callers_of, company, meddlers_with_loras, named
 from loratorio_ext.hosts.webui import (
     check_tags,
@@ -69,6 +58,17 @@ from loratorio_ext.hosts.webui import (
     tell_of_loras,
     tell_of_merge,
     tell_of_none,
+)
+from loratorio_ext.hosts.webui_texts import (
+    Affix,
+    as_condition,
+    is_finite_text,
+    pad_to_each_other,
+    same_text,
+    text_and_others,
+    text_at_step,
+    token_count,
+    tokens_of,
 )
 from loratorio_ext.isolation import ROWS_OF_A_POOL, CudaMemory, IsolatedCalls, Isolation, Row, Tally
 
@@ -198,6 +198,7 @@ class A1111Sampling:
         self.step = ExitStack()
         self.steps = 0
         self.even_handed = False
+        self.ran: dict[int, set[str]] = {}
         self.plan = Plan(host=Plan.MERGED)
         self.prepare()
         script_callbacks.on_cfg_denoiser(self.before_unet)
@@ -399,6 +400,11 @@ class A1111Sampling:
         condition = as_condition(text, call.besides)
         with self.isolation.rows([lora]), self.reads_only(text):
             output = call.denoise(call.x, call.sigma, cond=condition)
+        if not self.ran.setdefault(lora, self.isolation.ran) <= self.isolation.ran:
+            raise UnsupportedError(
+                f"LoRAtorio: {named(self.company)} leaves out parts of the model and takes what it knows from another "
+                "call, which may have been another LoRA's; switch it off, or LoRAtorio"
+            )
         self.host_pass.predicted.update(zip(((lora, row) for row in call.range), output))
 
     def repeat_all(self) -> None:

@@ -1,9 +1,10 @@
 """Which rows of a batch belong to which LoRA, and the hooks that give each row its own."""
 
 import math
+import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import groupby
 
 import torch
@@ -55,6 +56,14 @@ class Stacks:
         self.nbytes += size
 
 
+def uncompiled() -> AbstractContextManager:
+    """While entered, modules that `torch.compile` was asked for run as they are written: code that was compiled before
+    does not look for hooks that came later. (PyTorch 2.6 and later; nothing else before.)"""
+    if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
+
+
 class Isolation:
     """LoRAs that can act row by row on a model that itself holds none of them.
 
@@ -70,6 +79,8 @@ class Isolation:
         self.loras = loras
         touched = dict.fromkeys(name for lora in loras for name in lora)
         self.layers = {name: layers[name] for name in touched}
+        self.ran: set[str] = set()
+        """The layers with a branch that were called under the rows entered last."""
         self._stacks = Stacks(budget)
 
     def forget(self) -> None:
@@ -82,11 +93,13 @@ class Isolation:
         entry."""
         group = tuple(group[:: shared_length(group) or 1])  # few segments, so that each LoRA is stacked once
         handles = []
+        self.ran = set()
         try:
             for name, layer in self.layers.items():
                 if any(name in self.loras[index] for index in group):
                     handles.append(layer.register_forward_hook(self._hook(name, group)))
-            yield
+            with uncompiled() if handles else nullcontext():
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -101,6 +114,7 @@ class Isolation:
 
     def _hook(self, name: str, group: tuple[int, ...]):
         def add_branches(layer: nn.Module, args: tuple, out: Tensor) -> Tensor:
+            self.ran.add(name)
             if out.shape[0] % len(group):
                 raise ValueError(f"{out.shape[0]} rows at {name} cannot be shared equally by {len(group)} LoRAs")
             key = (name, group, out.device, out.dtype)

@@ -27,21 +27,28 @@ def test_unticked_the_parts_mean_nothing(contract, parts):
     assert same(contract.plain(prompt=TWO), contract.plain(prompt=TWO.replace("lora:1>", f"lora:1{parts}>")))
 
 
-@pytest.mark.parametrize("request_", [{}, HIRES, {"sampler_name": "Euler a"}, {"batch_size": 2}], ids=str)
+def apart(first, second, columns: slice) -> float:
+    """Mean difference of two lists of images in some of their columns."""
+    return mean([image[:, columns] for image in first], [image[:, columns] for image in second])
+
+
+@pytest.mark.parametrize("request_", [{}, {"sampler_name": "Euler a"}, {"batch_size": 2}], ids=str)
 def test_alone_in_a_place_it_acts_there_and_the_bare_model_elsewhere(contract, request_):
-    """Not exactly so beyond the first step: what is on the left is seen from the right."""
-    request_ = {**request_, "steps": 1 if request_ != HIRES else 2}
+    """In one step: after it, what is on the left is seen from the right. A real decoder sees so far even then."""
+    request_ = {**request_, "steps": 1}
     bare = contract.composed(prompt=f"{CAT} <lora:lora:0>", **request_).images
     whole = contract.composed(prompt=f"{CAT} <lora:lora:1>", **request_).images
     left = contract.composed(prompt=f"{CAT} <lora:lora:1:at=left>", **request_).images
     width = left[0].shape[1]
-    of_the_left, of_the_right = slice(0, width // 4), slice(width * 3 // 4, width)
-    if request_ != {**HIRES, "steps": 2}:
-        for image, other in zip(left, whole):
-            assert np.abs(image[:, of_the_left].astype(int) - other[:, of_the_left]).max() <= 1
-        for image, other in zip(left, bare):
-            assert np.abs(image[:, of_the_right].astype(int) - other[:, of_the_right]).max() <= 1
-    assert mean(left, whole) > 0.5 and mean(left, bare) > 0.5
+    for here, there, columns in ((whole, bare, slice(width // 4)), (bare, whole, slice(width * 3 // 4, width))):
+        allowed = 0.05 if contract.host == "double" else 0.5 * apart(left, there, columns)
+        assert apart(left, here, columns) <= allowed
+        assert apart(left, there, columns) > 0.5
+
+
+def test_a_place_in_both_passes(contract):
+    composed = contract.composed(prompt=TWO.replace("lora:1>", "lora:1:at=left>"), **HIRES)
+    assert mean(composed.images, contract.composed(prompt=TWO, **HIRES).images) > 0.5
 
 
 def test_tags_and_options_say_the_same(contract):
