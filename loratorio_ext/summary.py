@@ -20,7 +20,7 @@ def summary(method: str, loras: Iterable[str], tallies: Sequence[Any], seconds: 
     ``tallies``: see `isolation.Tally`. Rows of a call are taken to cost the same.
     """
     sizes = [size for tally in tallies for size in tally.sizes]
-    text = f"LoRAtorio: {method} of {', '.join(loras) or 'no LoRA'}"
+    text = " of ".join(filter(None, (f"LoRAtorio: {method}", ", ".join(loras))))
     if not sizes:
         return f"{text}; {seconds:.1f} s of sampling"
     alone, rows = sum(tally.alone for tally in tallies), sum(sizes)

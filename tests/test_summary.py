@@ -52,7 +52,7 @@ def test_the_line():
         "LoRAtorio: loratorio of hat, cat; 3 model calls of 6 rows, 67% of which are a LoRA's alone; these took about "
         "60% of 10.0 s of sampling"
     )
-    assert summary("merge", [], [], 2.0) == "LoRAtorio: merge of no LoRA; 2.0 s of sampling"
+    assert summary("merge", [], [], 2.0) == "LoRAtorio: merge; 2.0 s of sampling"
     assert summary("switch", ["a"], [tally_of()], 0.0) == "LoRAtorio: switch of a; 0.0 s of sampling"
 
 
