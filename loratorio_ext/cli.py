@@ -403,7 +403,7 @@ def generate(
         int, typer.Option(min=0, help="The most LoRAs a pool may hold, all of which are in memory; 0: no limit.")
     ] = 256,
     pool_gib: Annotated[
-        float, typer.Option(min=0, help="The most GiB that their files may be together; 0: no limit.")
+        float, typer.Option(min=0, max=1e6, help="The most GiB that their files may be together; 0: no limit.")
     ] = 8.0,
     **options: Any,
 ) -> None:

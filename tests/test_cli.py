@@ -312,6 +312,8 @@ class TestErrorReports:
             ({"steps": "many"}, 2, "SettingsError", "steps", "many"),
             ({"patch_size": 65}, 2, "SettingsError", "patch_size", 65),
             ({"preset": "magic"}, 2, "SettingsError", "preset", "magic"),
+            ({"pool_gib": "inf"}, 2, "SettingsError", "pool_gib", "inf"),
+            ({"cfg": "nan"}, 2, "SettingsError", "cfg", "nan"),
             ({"sampler": "magic"}, 2, "SettingsError", "sampler", "magic"),
             ({"size": "100000x100000"}, 2, "SettingsError", "size", "100000x100000"),
             ({"device": "cuda:99"}, 2, "SettingsError", "device", "cuda:99"),
@@ -582,10 +584,11 @@ class TestIndependence:
         users = {
             str(path.relative_to(self.ROOT))
             for path in files
-            if {"diffusers", "peft", "transformers", "typer", "accelerate"} & set(imported(path))
+            if {"compel", "diffusers", "lycoris", "peft", "transformers", "typer", "accelerate"} & set(imported(path))
         }
         standalone = {f"loratorio_ext/standalone/{name}.py" for name in ("options", "quiet")}
-        assert users == {"loratorio_ext/hosts/diffusers.py", "loratorio_ext/cli.py"} | standalone
+        hosts = {f"loratorio_ext/hosts/{name}.py" for name in ("diffusers", "diffusers_loras", "lycoris", "prompts")}
+        assert users == hosts | {"loratorio_ext/cli.py"} | standalone
 
     @pytest.mark.parametrize(
         "arguments",

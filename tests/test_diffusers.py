@@ -1,5 +1,6 @@
 """Composition in diffusers pipelines against the literal reference over diffusers' own PEFT adapters, in float64."""
 
+import inspect
 import json
 import math
 import threading
@@ -16,23 +17,35 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 import accelerate
+import diffusers
+from diffusers import ControlNetModel
 from diffusers.hooks import HookRegistry, ModelHook
 from safetensors.torch import load_file, save_file
 
 from loratorio_ext.core import Plan
 from loratorio_ext.errors import FileFormatError, MissingFileError, SettingsError, UnsupportedError
+from loratorio_ext.hosts.denoisers import predicted_noise
 from loratorio_ext.hosts.diffusers import (
     composed,
     load_lora,
     load_pipeline,
-    predicted_noise,
     scheduler_for,
 )
 from loratorio_ext.samplers import SAMPLERS
-from loratorio_ext.settings import Settings
 from tests import oracle
 from tests.gauge import Gauge
-from tests.tiny_pipelines import FAMILIES, KINDS, LAYOUTS, draw_lora, make_pipeline, touched_layers, write_lora
+from tests.tiny_pipelines import (
+    FAMILIES,
+    KINDS,
+    LAYOUTS,
+    assert_untouched,
+    draw,
+    draw_lora,
+    make_pipeline,
+    state,
+    touched_layers,
+    write_lora,
+)
 
 # What diffusers' schedulers and PEFT warn of in themselves.
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "UserWarning")]
@@ -321,6 +334,62 @@ class TestConsequences:
         assert seen == [(step, 3) for step in range(STEPS)]
 
 
+class TestVariants:
+    """Pipelines that start from images, or are led by them: against the pipeline with the LoRA loaded by diffusers."""
+
+    @pytest.mark.parametrize(
+        "family, kind",
+        [("sd1", "Img2Img"), ("sd1", "Inpaint"), ("sd1", "ControlNet"), ("sdxl", "Img2Img"), ("sdxl", "ControlNet")],
+    )
+    def test_copies_of_one_lora_compose_to_it(self, files, family, kind):
+        file = files[family][0]
+        pipe = variant(family, kind)
+        plain = pipe(**images_and_noise(pipe)).images
+        before = state(pipe)
+        with composed(pipe, [load_lora(pipe, file)] * 3, base_share=0.0):
+            actual = pipe(**images_and_noise(pipe)).images
+        assert_untouched(pipe, before)
+        assert torch.equal(pipe(**images_and_noise(pipe)).images, plain)
+        pipe.load_lora_weights(str(file.parent), weight_name=file.name)
+        expected = pipe(**images_and_noise(pipe)).images.double()
+        assert relative_error(actual, expected) < 1e-4
+        assert relative_error(plain, expected) > 0.02
+
+    def test_rows_beyond_guidance(self, files):
+        pipe = variant("sd1", "PAG")
+        with pytest.raises(UnsupportedError, match="6 rows for 2 images"):
+            generate(pipe, loras_of(pipe, files["sd1"]), call={"pag_scale": 3.0})
+
+
+def variant(family, kind):
+    """Another pipeline around a family's models; a ControlNet reads the prompt, too."""
+    base = make_pipeline(family)
+    name = f"StableDiffusion{'XL' if family == 'sdxl' else ''}{kind}Pipeline"
+    parts = dict(base.components)
+    if kind == "ControlNet":
+        parts["controlnet"] = draw(
+            ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=(8,) * 4), 7
+        )
+    if family == "sd1":
+        parts["requires_safety_checker"] = False
+    pipe = getattr(diffusers, name)(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def images_and_noise(pipe):
+    """Arguments of a call, with the images that the pipeline takes."""
+    call = arguments(pipe, size=(8, 8), generator=[torch.Generator().manual_seed(each) for each in (1, 2)])
+    takes = inspect.signature(type(pipe).__call__).parameters
+    generator = torch.Generator().manual_seed(3)
+    for name, channels in (("image", 3), ("mask_image", 1)):
+        image = torch.rand(2, channels, 64, 64, generator=generator)
+        call[name] = (image > 0.5).float() if name == "mask_image" else image
+    if "strength" in takes:
+        del call["latents"]
+    return {name: value for name, value in call.items() if name in takes}
+
+
 class TestRecord:
     def test_steps(self, pipes, files):
         pipe, seen = pipes["sd1"], []
@@ -343,24 +412,6 @@ class TestRecord:
             with rows_of_calls(pipe) as rows:
                 generate(pipe, loras_of(pipe, files["sd1"]), base_share=share)
             assert rows == [len(PROMPT) * expected] * STEPS
-
-
-def state(pipe):
-    """Everything that composition might leave behind: weights, hooks and attributes."""
-    models = [model for model in vars(pipe).values() if isinstance(model, torch.nn.Module)]
-    weights = {(i, name): value.clone() for i, model in enumerate(models) for name, value in model.state_dict().items()}
-    hooks = [
-        (i, name, len(module._forward_hooks), len(module._forward_pre_hooks), sorted(vars(module)))
-        for i, model in enumerate(models)
-        for name, module in model.named_modules()
-    ]
-    return weights, hooks, sorted(vars(pipe)), dict(pipe.scheduler.config)
-
-
-def assert_untouched(pipe, before):
-    after = state(pipe)
-    assert after[1:] == before[1:]
-    assert all(torch.equal(value, after[0][name]) for name, value in before[0].items())
 
 
 class TestNothingStays:
@@ -437,8 +488,8 @@ class TestNoise:
 
     def test_unknown_parameterisation(self, pipes):
         scheduler = scheduler_for(pipes["sd1"], "Euler")
-        scheduler.register_to_config(prediction_type="flow_prediction")
-        with pytest.raises(UnsupportedError, match="flow_prediction"):
+        scheduler.register_to_config(prediction_type="trigflow")
+        with pytest.raises(UnsupportedError, match="trigflow"):
             predicted_noise(scheduler, noise(), noise(), torch.tensor(1))
 
 
@@ -587,7 +638,7 @@ class TestUnsupported:
         before = state(pipe)
         with composed(pipe, loras):
             for other in (pipe, shared):
-                with pytest.raises(UnsupportedError, match="composes already"), composed(other, loras):
+                with pytest.raises(UnsupportedError, match="composing already"), composed(other, loras):
                     pass
             assert torch.equal(pipe(**arguments(pipe)).images, expected)
         assert_untouched(pipe, before)
@@ -611,7 +662,7 @@ class TestUnsupported:
         with ThreadPoolExecutor(8) as threads:
             outcomes = list(threads.map(enter, range(8)))
         assert outcomes.count("composed") == 1
-        assert all("composes already" in outcome for outcome in outcomes if outcome != "composed")
+        assert all("composing already" in outcome for outcome in outcomes if outcome != "composed")
         assert_untouched(pipe, before)
 
     def test_embeddings_instead_of_a_prompt(self, pipes, files):
@@ -630,7 +681,7 @@ class TestUnsupported:
     def test_options_of_the_webuis_alone(self, pipes, options):
         """Refused by name, instead of an image that differs in nothing."""
         with pytest.raises(UnsupportedError, match=next(iter(options))):
-            with composed(pipes["sd1"], [], Settings(**options)):
+            with composed(pipes["sd1"], [], **options):
                 pass
 
     def test_bad_options(self, pipes):

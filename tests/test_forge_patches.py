@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from loratorio_ext.hosts.forge_patches import branches, joined, low_rank
+from loratorio_ext.hosts.forge_patches import as_held, branches, joined, low_rank
 from loratorio_ext.isolation import Delta, Isolation, LowRank
 
 
@@ -172,3 +172,36 @@ def test_a_lora_with_several_segments_of_a_batch_is_stacked_once():
                 rows = layer(x).chunk(4)
             for segment, index in enumerate(group):
                 torch.testing.assert_close(rows[segment], alone[index].chunk(4)[segment])
+
+
+def held(*strengths):
+    """A parameter's patches as a host holds them, one for each strength."""
+    return [(strength, ("diff", (torch.zeros(1),)), 1.0, None, None, False) for strength in strengths]
+
+
+def test_patches_of_the_host_are_told_apart_by_their_order():
+    """Other extensions may have changed strengths, block by block."""
+    own = [{"x": held(1.0), "y": held(1.0)}, {"y": held(0.5)}]
+    host = {"x": held(0.0), "y": held(0.3, 0.2)}
+    first, second = as_held(own, host)
+    assert first == {"x": host["x"], "y": host["y"][:1]}
+    assert second == {"y": host["y"][1:]}
+
+
+@pytest.mark.parametrize("host", [{"x": held(1.0, 1.0)}, {"x": held(0.3)}, {"z": held(1.0, 0.5)}], ids=str)
+def test_patches_that_are_not_the_prompts_are_refused(host):
+    with pytest.raises(ValueError, match="other patches"):
+        as_held([{"x": held(1.0)}, {"y": held(0.5)}], host)
+
+
+def test_patches_that_nobody_changed_stay_as_they_were_loaded():
+    own = [{"x": held(1.0)}, {"x": held(0.5)}]
+    assert as_held(own, {"x": held(1.0, 0.5)}) == own
+    assert as_held(own, {}) == own
+
+
+def test_what_follows_a_patchs_five_values_is_of_no_account():
+    up, down = torch.randn(6, 2), torch.randn(2, 5)
+    patch = (0.7, ("lora", (up, down, None, None, None)), 1.0, None, None)
+    five, six = (low_rank([each], torch.Size((6, 5))) for each in (patch, (*patch, True)))
+    assert torch.equal(five.up, six.up) and torch.equal(five.down, six.down)

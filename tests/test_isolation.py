@@ -793,3 +793,22 @@ def test_a_branch_is_finite_in_every_number(bad, dtype):
         Delta(good, spoiled),
     ):
         assert not is_finite(branch)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.compiler, "set_stance"), reason="PyTorch 2.6 and later can be told not to compile"
+)
+def test_code_that_was_compiled_before_does_not_hide_a_lora():
+    """The compiled model has seen this shape plainly, and does not look for hooks."""
+    model, (x, t) = TinyUNet().requires_grad_(False), (torch.randn(2, 4, 6, 6), torch.randn(2, 6))
+    context = torch.randn(2, TOKENS, 7)
+    layer = model.attention
+    lora = LowRank(torch.randn(2, WIDTH), torch.randn(WIDTH, 2), 1.0)
+    merged = copy.deepcopy(model)
+    merged.attention.weight += lora.up @ lora.down
+    compiled = torch.compile(model, backend="eager")
+    plain = compiled(x, t, context)
+    with Isolation({"attention": layer}, [{"attention": lora}]).rows([0]):
+        rows = compiled(x, t, context)
+    assert torch.allclose(rows, merged(x, t, context), atol=1e-5)
+    assert torch.equal(compiled(x, t, context), plain)

@@ -130,6 +130,24 @@ def make_pipeline(family, dtype=torch.float32):
     return pipe.to(dtype)
 
 
+def state(pipe):
+    """Everything that composition might leave behind: weights, hooks and attributes."""
+    models = [model for model in vars(pipe).values() if isinstance(model, torch.nn.Module)]
+    weights = {(i, name): value.clone() for i, model in enumerate(models) for name, value in model.state_dict().items()}
+    hooks = [
+        (i, name, len(module._forward_hooks), len(module._forward_pre_hooks), sorted(vars(module)))
+        for i, model in enumerate(models)
+        for name, module in model.named_modules()
+    ]
+    return weights, hooks, sorted(vars(pipe)), dict(pipe.scheduler.config), type(pipe)
+
+
+def assert_untouched(pipe, before):
+    after = state(pipe)
+    assert after[1:] == before[1:]
+    assert all(torch.equal(value, after[0][name]) for name, value in before[0].items())
+
+
 # --- LoRA files -------------------------------------------------------------------------------------------------------
 
 KOHYA_PREFIXES = {

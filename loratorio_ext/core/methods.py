@@ -88,7 +88,10 @@ class Method(Protocol):
         """
 
     def combine(self, predictions: Predictions) -> ComposedStep:
-        """One conditional and one unconditional prediction from those the plan asked for."""
+        """One conditional and one unconditional prediction from those the plan asked for.
+
+        A host whose model guides in two calls asks twice for a plan: first without unconditional rows, then with them.
+        """
 
 
 def acting(n: int, members: Sequence[int] | None) -> tuple[int, ...]:

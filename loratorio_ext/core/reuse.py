@@ -112,6 +112,8 @@ class InTurn:
 
     def learn(self, known: dict[int, Known], lora: int, delta: Tensor) -> None:
         before = known.get(lora)
+        if before is not None and before.step == self.calls:  # combined before, without unconditional rows
+            return
         known[lora] = Known.first(self.calls, delta) if before is None else before.then(self.calls, delta)
 
     def expected(self, known: dict[int, Known], like: Tensor) -> Tensor:

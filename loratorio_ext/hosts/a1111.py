@@ -40,17 +40,6 @@ from loratorio_ext.hosts.a1111_loras import (
     undisturbed,
     unet_lora,
 )
-from loratorio_ext.hosts.a1111_texts import (
-    Affix,
-    as_condition,
-    is_finite_text,
-    pad_to_each_other,
-    same_text,
-    text_and_others,
-    text_at_step,
-    token_count,
-    tokens_of,
-)
 from loratorio_ext.hosts.neighbours import callers_of, company, meddlers_with_loras, named
 from loratorio_ext.hosts.webui import (
     check_tags,
@@ -69,6 +58,17 @@ from loratorio_ext.hosts.webui import (
     tell_of_loras,
     tell_of_merge,
     tell_of_none,
+)
+from loratorio_ext.hosts.webui_texts import (
+    Affix,
+    as_condition,
+    is_finite_text,
+    pad_to_each_other,
+    same_text,
+    text_and_others,
+    text_at_step,
+    token_count,
+    tokens_of,
 )
 from loratorio_ext.isolation import ROWS_OF_A_POOL, CudaMemory, IsolatedCalls, Isolation, Row
 

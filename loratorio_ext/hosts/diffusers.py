@@ -7,23 +7,27 @@
     with composed(pipe, loras, patch_size=4) as composition:
         image = pipe("a knight in a forest, watercolour", num_inference_steps=30).images[0]
 
-While entered, two calls of the pipeline are answered in its place: ``encode_prompt``, which encodes the prompts under
-every LoRA alone too, and the UNet's, which evaluates what the method plans and returns composed rows. Everything else
-(schedulers, callbacks, guidance, decoding; image-to-image, inpainting, ControlNet) is the pipeline's, and after leaving
-nothing of this remains.
+While entered, calls of the pipeline are answered in its place: of ``encode_prompt``, which encodes the prompts under
+every LoRA alone too; of a ControlNet, which reads them; and of the denoiser (UNet or transformer, see
+`loratorio_ext.hosts.denoisers`), which evaluates what the method plans and returns composed rows. Everything else
+(schedulers, callbacks, guidance, decoding; image-to-image, inpainting) is the pipeline's, and after leaving nothing of
+this remains.
 
-The UNet's call is taken over by a `ModelHook` in diffusers' own `HookRegistry`, so that it stacks with offloading and
-the other hooks there. A guider (`BaseGuidance`) would be the natural place to combine predictions, but guiders belong
-to modular pipelines, which exist for SDXL only, and one sees neither the model's input nor the scheduler that turn a v
-prediction into noise.
+The denoiser's call is taken over by a `ModelHook` in diffusers' own `HookRegistry`, so that it stacks with offloading
+and the other hooks there. A guider (`BaseGuidance`) would be the natural place to combine predictions, but guiders
+belong to modular pipelines, and one sees neither the model's input nor the scheduler that turn a v prediction into
+noise.
 """
 
+import functools
+import inspect
 import json
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,44 +36,62 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load_single_file_checkpoint
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
-from diffusers.utils.state_dict_utils import (
-    DIFFUSERS_OLD_TO_PEFT,
-    DIFFUSERS_TO_PEFT,
-    convert_state_dict,
-    convert_unet_state_dict_to_peft,
-)
-from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from loratorio_ext.core import Plan, Predictions, method_from, patch_similarity
 from loratorio_ext.errors import FileFormatError, SettingsError, UnsupportedError
+from loratorio_ext.hosts.denoisers import (
+    ROWS_APART,
+    Call,
+    Encoded,
+    Layout,
+    Texts,
+    noise_gain,
+    parameterisation,
+    predicted_noise,
+    stacked,
+    tensors_in,
+)
 from loratorio_ext.hosts.diffusers_files import (
-    adapter_config,
     check_checkpoint,
     check_folder,
-    check_lora,
     existing,
     read_header,
+)
+from loratorio_ext.hosts.diffusers_loras import (
+    LoRA,
+    check_fit,
+    denoiser_of,
+    layers_of,
+    load_lora,
+    text_encoders_of,
 )
 from loratorio_ext.isolation import (
     ROWS_OF_A_POOL,
     CudaMemory,
     IsolatedCalls,
     Isolation,
-    LowRank,
     Row,
-    is_finite,
-    is_inert,
 )
-from loratorio_ext.multipliers import check_multiplier
 from loratorio_ext.samplers import parse_sampler
 from loratorio_ext.settings import Settings
 
-UNET = "unet"
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+__all__ = [
+    "Composition",
+    "LoRA",
+    "Step",
+    "check_supported",
+    "composed",
+    "generators",
+    "load_lora",
+    "load_pipeline",
+    "scheduler_for",
+]
+
 HOOK = "loratorio"
+GIVEN_TEXTS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+"""Arguments of pipelines in which texts are given encoded already, the prompt's first."""
 
 
 # --- pipelines --------------------------------------------------------------------------------------------------------
@@ -132,6 +154,15 @@ def check_numbers(pipe: Any, path: Path) -> None:
 def scheduler_for(pipe: Any, sampler: str) -> Any:
     """A scheduler of the kind that WebUIs call ``sampler``, for the noise schedule that the pipeline has."""
     sampler, karras = parse_sampler(sampler)
+    if parameterisation(pipe.scheduler) == "flow_prediction":
+        if (sampler.name, karras) != ("Euler", False):
+            raise SettingsError(
+                f"LoRAtorio: {type(pipe).__name__} follows a flow, for which the only sampler is Euler",
+                field="sampler",
+                value=sampler.name,
+                allowed="Euler",
+            )
+        return type(pipe.scheduler).from_config(pipe.scheduler.config)
     config = dict(pipe.scheduler.config)
     trailing = config.get("timestep_spacing") == "trailing" and not karras  # Karras' goes from first to last
     spacing = {} if trailing else sampler.spacing
@@ -144,237 +175,15 @@ def generators(seeds: Iterable[int]) -> list[torch.Generator]:
     return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
 
-# --- LoRA files -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LoRA:
-    """One LoRA at its weights, as branches by layer name (``unet.…``, ``text_encoder.…``, ``text_encoder_2.…``).
-
-    ``pooled``: it belongs to a pool, and takes no part where LoRAs act merged.
-    """
-
-    name: str
-    branches: Mapping[str, LowRank]
-    pooled: bool = False
-
-    @property
-    def speaks_to_text_encoder(self) -> bool:
-        return any(not name.startswith(f"{UNET}.") for name in self.branches)
-
-
-def layers_of(pipe: Any) -> dict[str, nn.Module]:
-    """The layers that a LoRA may change, by component and name."""
-    components = {name: getattr(pipe, name, None) for name in (UNET, *TEXT_ENCODERS)}
-    return {
-        f"{component}.{name}": layer
-        for component, model in components.items()
-        if model is not None
-        for name, layer in model.named_modules()
-        if isinstance(layer, (nn.Linear, nn.Conv2d))
-    }
-
-
-def to_peft_names(component: str, model: nn.Module, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of one component under PEFT's names (``LAYER.lora_A.weight``), by the conversions diffusers loads with.
-
-    Name by name, since training scripts write attention in one layout and what is beyond it in another.
-    """
-    if component == UNET:
-        return convert_unet_state_dict_to_peft(values)
-    names = convert_state_dict(values, DIFFUSERS_OLD_TO_PEFT | DIFFUSERS_TO_PEFT)
-    if hasattr(model, "text_model"):
-        return names
-    return {name.removeprefix("text_model."): value for name, value in names.items()}
-
-
-def default_scale(metadata: Mapping[str, Any], layer: str, rank: int) -> float:
-    """A layer's scale by the PEFT configuration that a file may bring along; 1 where there is none."""
-    patterns = metadata.get("alpha_pattern") or {}
-    alpha = patterns.get(get_pattern_key(patterns, layer), metadata.get("lora_alpha", rank))
-    return alpha / (math.sqrt(rank) if metadata.get("use_rslora") else rank)
-
-
-def component_branches(
-    component: str, model: nn.Module, values: Mapping[str, Any], metadata: Mapping[str, Any], weight: float
-) -> dict[str, LowRank]:
-    """The branches of one component from its matrices and alphas, named alike; `KeyError` for what is neither."""
-    matrices: dict[str, dict[str, Tensor]] = {}
-    alphas: dict[str, float] = {}
-    for name, value in to_peft_names(component, model, values).items():
-        layer, _, part = name.partition(".lora_")
-        if name.endswith(".alpha"):
-            alphas[layer.removesuffix(".alpha")] = float(value)
-        elif part in ("A.weight", "B.weight"):
-            matrices.setdefault(layer, {})[part] = value
-        else:
-            raise KeyError(f"{component}.{name}")
-    branches = {}
-    for layer, pair in matrices.items():
-        if len(pair) < 2:
-            raise KeyError(f"{component}.{layer}.lora_{next(iter(pair))} alone")
-        down, up = pair["A.weight"], pair["B.weight"]
-        if min(down.ndim, up.ndim) < 2:
-            raise ValueError(f"{component}.{layer}: down {tuple(down.shape)}, up {tuple(up.shape)}")
-        rank = len(down)
-        scale = alphas[layer] / rank if layer in alphas else default_scale(metadata, layer, rank)
-        branches[f"{component}.{layer}"] = LowRank(down, up, scale * weight)
-    return branches
-
-
-def misfit(branch: LowRank, layer: nn.Module | None) -> str | None:
-    """Why a branch cannot belong to a layer, in words and shapes, or None where it can."""
-    down, up = tuple(branch.down.shape), tuple(branch.up.shape)
-    if layer is None:
-        return f"no such layer (LoRA: down {down}, up {up})"
-    fan_out, *kernel = tuple(layer.weight.shape)
-    if isinstance(layer, nn.Linear):  # a quantised weight has another shape
-        fan_out, kernel = layer.out_features, [layer.in_features]
-    narrows = list(down[1:]) == kernel or (down[1] == math.prod(kernel) and set(down[2:]) <= {1})
-    widens = up[:2] == (fan_out, down[0]) and set(up[2:]) <= {1}
-    if not narrows or not widens:
-        return f"LoRA down {down}, up {up}; layer {tuple(layer.weight.shape)}"
-    return None
-
-
-def check_fit(name: str, branches: Mapping[str, LowRank], pipe: Any) -> None:
-    """Raises `UnsupportedError` unless every branch belongs to a layer of the pipeline's models."""
-    layers = layers_of(pipe)
-    misfits = {layer: why for layer, branch in branches.items() if (why := misfit(branch, layers.get(layer)))}
-    if misfits:
-        examples = "; ".join(f"{layer}: {why}" for layer, why in list(misfits.items())[:3])
-        raise UnsupportedError(
-            f"LoRAtorio: {name} was made for another architecture than this {type(pipe).__name__}: "
-            f"{len(misfits)} of its {len(branches)} layers do not fit ({examples}{'; …' if len(misfits) > 3 else ''})"
-        )
-
-
-def load_lora(
-    pipe: Any, path: str | Path, te_weight: float = 1.0, unet_weight: float | None = None, name: str | None = None
-) -> LoRA:
-    """A LoRA file (kohya, diffusers or PEFT layout) at its multipliers; ``unet_weight`` None: the text encoders' too.
-
-    Layers to which it adds nothing are left out. Raises `FileError` for what is no safetensors file, is no LoRA or
-    holds NaN or infinity, `UnsupportedError` for kinds that are no plain LoRA and for LoRAs of another architecture,
-    and `SettingsError` for multipliers that are no numbers in range.
-    """
-    path = Path(path)
-    name = name or path.stem
-    unet_weight = te_weight if unet_weight is None else unet_weight
-    weights = {component: check_multiplier(te_weight, name, "te_weight") for component in TEXT_ENCODERS}
-    weights[UNET] = check_multiplier(unet_weight, name, "unet_weight")
-    header = read_header(path)
-    check_lora(header)
-    dora = [key for key in header.shapes if "dora_scale" in key or "lora_magnitude_vector" in key]
-    if dora:
-        raise UnsupportedError(f"LoRAtorio: {name} is a DoRA (key {dora[0]}), which cannot be isolated here")
-    peft = adapter_config(header)
-    branches: dict[str, LowRank] = {}
-    try:
-        matrices, alphas = pipe.lora_state_dict(load_file(path), unet_config=pipe.unet.config)
-        values = {**matrices, **(alphas or {})}
-        for component, weight in weights.items():
-            mine = without_prefix(values, component)
-            if mine:
-                model = getattr(pipe, component, None)
-                branches |= component_branches(component, model, mine, without_prefix(peft, component), weight)
-        unknown = [key for key in values if key.partition(".")[0] not in weights]
-        if unknown:
-            raise KeyError(unknown[0])
-    except Exception as error:  # whatever diffusers stumbles over in names that are not what it expects
-        what = textwrap.shorten(str(error.args[0] if error.args else error), 300, placeholder=" …")
-        raise UnsupportedError(f"LoRAtorio: {name} holds what is no LoRA that diffusers can read: {what}") from error
-    check_fit(name, branches, pipe)
-    for layer, branch in branches.items():
-        if not is_finite(branch):
-            raise header.refused(f"is damaged: what it holds for {layer} is not finite (NaN or infinity)")
-    return LoRA(name, {layer: branch for layer, branch in branches.items() if not is_inert(branch)})
-
-
-def without_prefix(values: Mapping[str, Any], component: str) -> dict[str, Any]:
-    """The entries of one component, by their names inside it."""
-    prefix = f"{component}."
-    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
-
-
-# --- one call of the UNet ---------------------------------------------------------------------------------------------
-
-
-def unet_text(encoded: Sequence[Tensor | None]) -> dict[str, Tensor]:
-    """What ``encode_prompt`` returned, as the UNet is given it: negative rows first, where there are any.
-
-    ``encoded``: embeddings ``[R, L, D]`` and negative ones; of SDXL also the pooled ``[R, D']`` and negative pooled.
-    """
-    pairs = zip(("encoder_hidden_states", "text_embeds"), encoded[0::2], encoded[1::2])
-    return {name: cond if uncond is None else torch.cat([uncond, cond]) for name, cond, uncond in pairs}
-
-
-def with_text(arguments: Mapping[str, Any], text: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The UNet's arguments with these encodings of the prompts in place of those it was given."""
-    given = {**arguments, "encoder_hidden_states": text["encoder_hidden_states"]}
-    if "text_embeds" in text:
-        given["added_cond_kwargs"] = {**arguments["added_cond_kwargs"], "text_embeds": text["text_embeds"]}
-    return given
-
-
-def take_rows(value: Any, rows: list[int], count: int) -> Any:
-    """These rows of every tensor that has ``count`` rows, however deep in containers."""
-    if isinstance(value, Tensor):
-        return value[rows] if value.ndim > 0 and len(value) == count else value
-    if isinstance(value, Mapping):
-        return {name: take_rows(each, rows, count) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(take_rows(each, rows, count) for each in value)
-    return value
-
-
-def signal_share(scheduler: Any, timestep: Tensor) -> Tensor:
-    """The squared share of the image in the UNet's input (DDPM's alpha-bar) in the call under way.
-
-    Schedulers that keep sigmas know the noise of this very call, which may lie between two timesteps of training.
-    """
-    if hasattr(scheduler, "sigmas") and hasattr(scheduler, "index_for_timestep"):
-        index = scheduler.step_index
-        sigma = scheduler.sigmas[scheduler.index_for_timestep(timestep) if index is None else index]
-        return 1 / (1 + sigma**2)
-    return scheduler.alphas_cumprod[torch.as_tensor(timestep).cpu().long()]
-
-
-def predicted_noise(scheduler: Any, output: Tensor, x: Tensor, timestep: Tensor) -> Tensor:
-    """The noise that the UNet's ``output [R, C, H, W]`` for its input ``x`` means.
-
-    Whatever the scheduler's own scale, it has brought ``x`` to ``sqrt(a) * image + sqrt(1 - a) * noise`` before.
-    """
-    kind = scheduler.config.prediction_type
-    if kind == "epsilon":
-        return output
-    share = signal_share(scheduler, timestep).to(output.device, torch.float32)
-    x, output = x[:, : output.shape[1]].float(), output.float()  # an inpainting model's input has more channels
-    if kind == "v_prediction":
-        return share.sqrt() * output + (1 - share).sqrt() * x
-    if kind == "sample":
-        return (x - share.sqrt() * output) / (1 - share).sqrt()
-    raise UnsupportedError(f"LoRAtorio: models that predict {kind!r} are not supported")
-
-
-def noise_gain(scheduler: Any, timestep: Tensor) -> float:
-    """How the UNet's output moves with the noise it means; see `predicted_noise`."""
-    kind = scheduler.config.prediction_type
-    if kind == "epsilon":
-        return 1.0
-    share = float(signal_share(scheduler, timestep).flatten()[0].clamp(min=1e-8))  # 0 at zero terminal SNR
-    return share**-0.5 if kind == "v_prediction" else -(((1 - share) / share) ** 0.5)
-
-
 # --- composition ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one call of the UNet came to, on the CPU.
+    """What one denoising step came to, on the CPU.
 
-    ``plan``: the evaluations it took. ``similarity [M, R, h, w]`` of the M LoRAs that were evaluated, and ``weights
-    [N, R, h, w]`` of all, patch by patch, where the method has them.
+    ``timestep``: as the denoiser is given it. ``plan``: the evaluations it took. ``similarity [M, R, h, w]`` of the M
+    LoRAs that were evaluated, and ``weights [N, R, h, w]`` of all, patch by patch, where the method has them.
     """
 
     index: int
@@ -382,6 +191,23 @@ class Step:
     plan: Plan
     similarity: Tensor | None = None
     weights: Tensor | None = None
+
+
+@dataclass
+class UnderWay:
+    """The step under way: its conditional rows' noisy latents ``x [R, ...]`` at ``timestep``, the plan, what was
+    predicted where there is something to compose, and whether the unconditional rows were called for, too."""
+
+    plan: Plan
+    x: Tensor
+    timestep: Tensor
+    predictions: Predictions | None = None
+    guided: bool = False
+
+    def is_of(self, call: Call) -> bool:
+        """Whether a call is about the same noisy latents at the same time."""
+        x = call.x[-len(self.x) :]
+        return torch.equal(call.timestep.flatten()[0], self.timestep.flatten()[0]) and torch.equal(x, self.x)
 
 
 class Composition(ModelHook):
@@ -396,19 +222,39 @@ class Composition(ModelHook):
         super().__init__()
         self.pipe, self.loras, self.settings, self.on_step = pipe, loras, settings, on_step
         self.inert: tuple[str, ...] = ()
-        self.method = method_from(settings)
+        self.denoiser = getattr(pipe, denoiser_of(pipe))
         # The last one, without a branch, makes `Plan.BASE` an index like any other.
         self.isolation = Isolation(layers_of(pipe), [*(lora.branches for lora in loras), {}])
         self.limit = ROWS_OF_A_POOL if any(lora.pooled for lora in loras) else None
-        self.isolated = self.isolated_calls()
         self.encode = pipe.encode_prompt
-        self.texts: dict[int, dict[str, Tensor]] = {}
-        self.guided = False
         self.steps: list[Step] = []
+        self.calling = False
+        self.start()
 
-    def isolated_calls(self) -> IsolatedCalls:
-        """Model calls for images of one size: how many rows a call may hold is found at the first."""
-        return IsolatedCalls(self.isolation, self.limit, CudaMemory.of(torch.device(self.pipe._execution_device)))
+    def start(self) -> None:
+        """Forget what belonged to the pipeline's call before: images may be others, and of another size."""
+        self.steps = []
+        self.method = method_from(self.settings)
+        self.texts, self.control = Texts(), Encoded()
+        self.given: list[Any] = []
+        self.under_way: UnderWay | None = None
+        self.isolated = IsolatedCalls(
+            self.isolation, self.limit, CudaMemory.of(torch.device(self.pipe._execution_device))
+        )
+
+    @contextmanager
+    def call_of_pipeline(self, arguments: Mapping[str, Any]) -> Iterator[None]:
+        """Around every call of the pipeline, with these arguments."""
+        self.start()
+        self.given = [arguments[name] for name in GIVEN_TEXTS if arguments.get(name) is not None]
+        self.calling = True
+        try:
+            yield
+        finally:
+            self.calling = False
+        if not self.steps:
+            kind, denoiser = type(self.pipe).__name__, denoiser_of(self.pipe)
+            raise UnsupportedError(f"LoRAtorio: {kind} never called its {denoiser}, so nothing was composed")
 
     def acting(self, whom: int) -> AbstractContextManager:
         """While entered, the models hold what ``whom`` says: a LoRA's index, `Plan.BASE` or `Plan.MERGED`."""
@@ -419,105 +265,195 @@ class Composition(ModelHook):
     def encode_prompt(self, *args: Any, **kwargs: Any) -> tuple:
         """In place of the pipeline's: encodes under none of the LoRAs, each alone, and all; returns the first.
 
-        A pipeline does this once, at the beginning of a call.
+        A pipeline does this at the beginning of a call, for all prompts or for each.
         """
         base = self.encode(*args, **kwargs)
-        self.steps = []
-        self.isolated = self.isolated_calls()  # images may be of another size than before
-        self.guided = base[1] is not None
-        self.texts = dict.fromkeys((Plan.BASE, Plan.MERGED, *range(len(self.loras))), unet_text(base))
-        speaking = [index for index, lora in enumerate(self.loras) if lora.speaks_to_text_encoder]
-        if speaking and any(name.endswith("prompt_embeds") and kwargs[name] is not None for name in kwargs):
-            raise UnsupportedError("LoRAtorio: LoRAs for the text encoder need the prompt itself, not its embeddings")
+        if not self.calling:
+            return base
+        encoded = any(name.endswith("prompt_embeds") and kwargs[name] is not None for name in kwargs)
+        speaking = self.speaking(encoded)
+        under = {}
         for whom in (*speaking, *([Plan.MERGED] if speaking else [])):
             with self.acting(whom):
-                self.texts[whom] = unet_text(self.encode(*args, **kwargs))
+                under[whom] = self.encode(*args, **kwargs)
+        self.texts.add(base, under)
         return base
+
+    def speaking(self, encoded: bool) -> list[int]:
+        """The LoRAs that change texts; texts must not be given ``encoded`` already then."""
+        speaking = [index for index, lora in enumerate(self.loras) if lora.speaks_to_text_encoder]
+        if speaking and encoded:
+            raise UnsupportedError("LoRAtorio: LoRAs for the text encoder need the prompt itself, not its embeddings")
+        return speaking
 
     def plan_step(self) -> Plan:
         index = len(self.steps)
-        inside = self.settings.composes_at(index / self.pipe.num_timesteps)
+        count = getattr(self.pipe, "num_timesteps", None) or len(self.pipe.scheduler.timesteps)
+        inside = self.settings.composes_at(index / count)
         return self.method.plan(index, len(self.loras)) if inside else Plan(host=Plan.MERGED)
 
-    def new_forward(
-        self,
-        unet: nn.Module,
-        sample: Tensor,
-        timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        return_dict: bool = True,
-        **others: Any,
-    ) -> UNet2DConditionOutput | tuple[Tensor]:
-        """In place of the UNet's: the plan's evaluations, composed into the rows that the pipeline asked for."""
-        arguments = {**others, "sample": sample, "timestep": timestep, "encoder_hidden_states": encoder_hidden_states}
-        plan = self.plan_step()
-        if len(sample) != len(self.texts[Plan.BASE]["encoder_hidden_states"]):
-            raise UnsupportedError(f"LoRAtorio: {type(self.pipe).__name__} guides by more than a negative prompt")
-        step = Step(len(self.steps), float(torch.as_tensor(timestep).flatten()[0]), plan)
-        if plan.host == Plan.MERGED:
-            with self.acting(plan.host):
-                output = self.evaluate(with_text(arguments, self.texts[plan.host]))
+    def sides(self, call: Call) -> tuple[list[int], list[int]]:
+        """The call's conditional rows, which begin a step, and its unconditional ones, which may come in a later call
+        of their own."""
+        again = self.under_way is not None and self.under_way.is_of(call)
+        cond, uncond = self.texts.sides(call, second=again)
+        if cond:
+            known = not again and len(uncond) in (0, len(cond))
         else:
-            output, step = self.compose(plan, arguments, step)
-        self.steps.append(step)
+            known = again and not self.under_way.guided and len(uncond) == len(self.under_way.x)
+        if not known:
+            raise UnsupportedError(f"LoRAtorio: {type(self.pipe).__name__} guides by more than a negative prompt")
+        return cond, uncond
+
+    def new_forward(
+        self, denoiser: nn.Module, *args: Any, return_dict: bool = True, **kwargs: Any
+    ) -> Transformer2DModelOutput | tuple[Any]:
+        """In place of the denoiser's: the plan's evaluations, composed into the rows that the pipeline asked for."""
+        call = Call.of(denoiser, args, kwargs)
+        if not self.texts.outputs and not self.speaking(encoded=True):
+            self.texts.add(self.given, {})  # some pipelines take these without encode_prompt
+        cond, uncond = self.sides(call)
+        if cond:
+            self.under_way = UnderWay(self.plan_step(), call.x[cond], call.timestep)
+        step = self.under_way
+        step.guided = bool(uncond)
+        weights = None
+        if step.plan.host == Plan.MERGED:
+            with self.acting(Plan.MERGED):
+                output = self.evaluate(self.arguments(call, Plan.MERGED))
+        else:
+            output, weights = self.compose(call, step, cond, uncond)
+        if cond:
+            self.done(step, weights)
+        output = list(output) if call.in_lists else output
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def done(self, step: UnderWay, weights: Tensor | None) -> None:
+        """Keep what a step came to, and tell of it."""
+        seen = {}
+        if weights is not None:
+            eps, eps_base = step.predictions.eps, step.predictions.eps_base
+            similarity = patch_similarity(eps, eps_base, self.settings.patch_size)
+            seen = {"similarity": similarity.cpu(), "weights": weights.cpu()}
+        self.steps.append(Step(len(self.steps), float(step.timestep.flatten()[0]), step.plan, **seen))
         if self.on_step is not None:
-            self.on_step(step)
-        return UNet2DConditionOutput(sample=output) if return_dict else (output,)
+            self.on_step(self.steps[-1])
+
+    def arguments(self, call: Call, whom: int) -> Mapping[str, Any]:
+        """The call's arguments as they are under ``whom``: its texts, and what a ControlNet made of these."""
+        return self.control.arguments(replace(call, arguments=self.texts.arguments(call, whom)), whom)
 
     def evaluate(self, arguments: Mapping[str, Any]) -> Tensor:
-        """One call of the real UNet."""
-        return self.fn_ref.original_forward(**arguments, return_dict=False)[0]
+        """One call of the real denoiser."""
+        return stacked(self.fn_ref.original_forward(**arguments, return_dict=False)[0])
 
-    def compose(self, plan: Plan, arguments: Mapping[str, Any], step: Step) -> tuple[Tensor, Step]:
-        """The composed rows, unconditional ones first, and the step with what was seen."""
-        x, timestep = arguments["sample"], arguments["timestep"]
-        unconds = len(x) // 2 if self.guided else 0
-        output, cond, uncond = self.predict(plan, arguments, unconds)
+    def compose(self, call: Call, step: UnderWay, cond: list[int], uncond: list[int]) -> tuple[Tensor, Tensor | None]:
+        """The call's output in composed rows, and the patch weights of its conditional ones, where there are any.
+
+        Where guidance comes in two calls, a step's predictions are combined in the first without unconditional rows,
+        and in the second with them. Channels beyond the latents' (a learned variance) are left as the host's.
+        """
+        layout = Layout.of(self.denoiser, call)
+        x = layout.to_grid(call.x)
+        wanted = [row for row in range(call.count) if row in cond or step.plan.uncond]
+        output, isolated = self.predict(step.plan, call, wanted)
+
+        def predicted(rows: Tensor) -> Tensor:
+            return layout.to_grid(rows)[:, : x.shape[1]]
 
         def noise(rows: Tensor) -> Tensor:
-            return predicted_noise(self.pipe.scheduler, rows, x[unconds:], timestep)
+            return predicted_noise(self.pipe.scheduler, rows, x[cond], call.timestep)
 
-        predictions = Predictions(
-            host_cond=output[unconds:],
-            host_uncond=output[:unconds] if unconds else None,
-            cond=cond,
-            uncond=uncond,
-            eps_base=noise(output[unconds:]),
-            eps=torch.stack([noise(rows) for rows in cond]) if len(cond) else cond,
-            image_of_row=tuple(range(len(output) - unconds)),
-            gain=noise_gain(self.pipe.scheduler, timestep),
-        )
-        composed = self.method.combine(predictions)
-        if composed.weights is not None:
-            similarity = patch_similarity(predictions.eps, predictions.eps_base, self.settings.patch_size)
-            step = Step(step.index, step.timestep, plan, similarity.cpu(), composed.weights.cpu())
-        rows = composed.cond if composed.uncond is None else torch.cat([composed.uncond, composed.cond])
-        return rows, step
+        def of_loras(side: list[int]) -> Tensor:
+            return each[:, [wanted.index(row) for row in side]]
 
-    def predict(self, plan: Plan, arguments: Mapping[str, Any], unconds: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The plan's host ``[unconds + R, C, H, W]``, its isolated LoRAs ``[N, R, C, H, W]``, and where asked for their
-        unconditional rows ``[N, unconds, C, H, W]``."""
-        count, first = len(arguments["sample"]), 0 if plan.uncond else unconds
-        rows = [(plan.host, row) for row in range(count)]
-        rows += [(lora, row) for lora in plan.isolated for row in range(first, count)]
+        host = predicted(output)
+        each = predicted(isolated).unflatten(0, (len(step.plan.isolated), len(wanted)))
+        guidance = {}
+        if uncond:
+            guidance = {"host_uncond": host[uncond], "uncond": of_loras(uncond) if step.plan.uncond else None}
+        if cond:
+            eps = [noise(rows) for rows in of_loras(cond)]
+            step.predictions = Predictions(
+                host_cond=host[cond],
+                cond=of_loras(cond),
+                eps_base=noise(host[cond]),
+                eps=torch.stack(eps) if eps else of_loras(cond),
+                image_of_row=tuple(range(len(cond))),
+                gain=noise_gain(self.pipe.scheduler, call.timestep),
+                **{"host_uncond": None, "uncond": None, **guidance},
+            )
+        composed = self.method.combine(replace(step.predictions, **guidance))
+        rows = torch.empty_like(host)
+        for side, values in ((cond, composed.cond), (uncond, composed.uncond)):
+            if side:
+                rows[side] = values
+        return layout.into(output, rows), composed.weights if cond else None
 
-        def call(batch: Sequence[Row]) -> Tensor:
-            text = {
-                name: torch.stack([self.texts[lora][name][row] for lora, row in batch])
-                for name in self.texts[plan.host]
-            }
-            return self.evaluate(with_text(take_rows(arguments, [row for _, row in batch], count), text))
+    def predict(self, plan: Plan, call: Call, wanted: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The output under the plan's host, ``[R, ...]``, and the ``wanted`` rows of it under each of the isolated
+        LoRAs, ``[N * len(wanted), ...]``."""
+        groups = [[(plan.host, row) for row in range(call.count)]]
+        groups += [[(lora, row) for row in wanted] for lora in plan.isolated]
+        arguments = {whom: self.arguments(call, whom) for whom in (plan.host, *plan.isolated)}
 
-        output, isolated = self.isolated(rows, call).split([count, len(rows) - count])
-        isolated = isolated.unflatten(0, (len(plan.isolated), count - first))
-        cond, uncond = isolated[:, unconds - first :], isolated[:, : unconds - first]
-        return output, cond, uncond if plan.uncond and unconds else None
+        def evaluate(batch: Sequence[Row]) -> Tensor:
+            return self.evaluate(call.take([arguments[whom] for whom, _ in batch], [row for _, row in batch]))
+
+        if type(self.denoiser).__name__ in ROWS_APART:
+            groups = [list(chain(*groups))]
+        outputs = [self.isolated(group, evaluate) for group in groups if group]
+        return torch.cat(outputs).tensor_split([call.count])
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """While entered, the pipeline composes."""
-        with hooked(self.pipe.unet, self), replaced(self.pipe, "encode_prompt", self.encode_prompt):
+        encode_prompt = functools.update_wrapper(functools.partial(self.encode_prompt), self.encode)
+        controlnet = getattr(self.pipe, "controlnet", None)
+        with (
+            hooked(self.denoiser, self),
+            nullcontext() if controlnet is None else hooked(controlnet, ControlUnderLoRAs(self)),
+            replaced(self.pipe, "encode_prompt", encode_prompt),
+            calls_inside(self.pipe, self.call_of_pipeline),
+        ):
             yield
+
+
+class ControlUnderLoRAs(ModelHook):
+    """Lets a ControlNet, which reads the prompt too, read it under each LoRA that changes texts."""
+
+    def __init__(self, composition: Composition):
+        super().__init__()
+        self.composition = composition
+
+    def new_forward(self, controlnet: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """In place of the ControlNet's: its own output, and beside it those under the LoRAs are kept for this step."""
+        base, texts = self.fn_ref.original_forward(*args, **kwargs), self.composition.texts
+        call = Call.of(controlnet, args, kwargs)
+        under = {whom: tensors_in(self.fn_ref.original_forward(**texts.arguments(call, whom))) for whom in texts.under}
+        self.composition.control = Encoded()
+        self.composition.control.add(tensors_in(base), under)
+        return base
+
+
+@contextmanager
+def calls_inside(pipe: Any, around: Callable[[Mapping[str, Any]], AbstractContextManager]) -> Iterator[None]:
+    """While entered, every call of the pipeline runs inside an ``around(arguments)``.
+
+    Python looks for ``__call__`` in the class, so for that long the pipeline is of one made for it, of the same name.
+    """
+    kind = type(pipe)
+
+    @functools.wraps(kind.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with around(inspect.signature(kind.__call__).bind(self, *args, **kwargs).arguments):
+            return kind.__call__(self, *args, **kwargs)
+
+    pipe.__class__ = type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
+    try:
+        yield
+    finally:
+        pipe.__class__ = kind
 
 
 @contextmanager
@@ -539,8 +475,8 @@ def claimed(module: nn.Module, owner: Any) -> Iterator[None]:
     """While entered, nobody else can enter for this module, in no thread: `UnsupportedError` is raised."""
     if vars(module).setdefault(HOOK, owner) is not owner:  # one operation, so that of two threads one comes first
         raise UnsupportedError(
-            "LoRAtorio: this pipeline, or another one with the same UNet, composes already; leave that first, or load "
-            "the pipeline once more"
+            f"LoRAtorio: this pipeline, or another one with the same {type(module).__name__}, is composing already; "
+            "leave that first, or load the pipeline once more"
         )
     try:
         yield
@@ -565,14 +501,10 @@ def hooked(module: nn.Module, hook: ModelHook) -> Iterator[None]:
 
 def check_supported(pipe: Any) -> None:
     """Raises `UnsupportedError` for pipelines in which LoRAs cannot be isolated."""
-    kind = type(pipe).__name__
-    unet = getattr(pipe, UNET, None)
-    if unet is None or not hasattr(pipe, "encode_prompt"):
-        raise UnsupportedError(f"LoRAtorio: {kind} is no Stable Diffusion pipeline with a UNet")
-    for name in (UNET, *TEXT_ENCODERS):
-        model = getattr(pipe, name, None)
-        if model is None:
-            continue
+    if not hasattr(pipe, "encode_prompt"):
+        raise UnsupportedError(f"LoRAtorio: {type(pipe).__name__} is no text-to-image pipeline: it encodes no prompt")
+    for name in (denoiser_of(pipe), *text_encoders_of(pipe)):
+        model = getattr(pipe, name)
         for part, module in model.named_modules():
             if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
                 where = ".".join(filter(None, (name, part)))
@@ -587,6 +519,7 @@ def check_supported(pipe: Any) -> None:
 def composed(
     pipe: Any,
     loras: Sequence[LoRA],
+    /,  # an option is named loras, too
     settings: Settings | None = None,
     on_step: Callable[[Step], None] | None = None,
     **options: Any,
@@ -616,5 +549,5 @@ def composed(
     if not composition.loras:
         yield composition
         return
-    with claimed(pipe.unet, composition), composition.installed():
+    with claimed(composition.denoiser, composition), composition.installed():
         yield composition

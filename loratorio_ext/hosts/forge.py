@@ -1,14 +1,16 @@
 """Forge and its relatives: the base model's pass and the isolated ones, all through the host's own evaluation.
 
-The LoRAs are taken from a clone of the UNet's patcher before sampling, so that the host loads the bare model; what a
-LoRA does is added row by row. The composed predictions take the place of the host's own evaluation of a step:
-guidance, samplers, previews and inpainting go on as ever.
+The LoRAs are taken from a clone of the UNet's patcher before sampling, so that the host loads the bare model (with the
+LoRAs that are in every pass); what a LoRA does is added row by row. The composed predictions take the place of the
+host's own evaluation of a step: guidance, samplers, previews and inpainting go on as ever.
+
+In company, where others take part in the model's evaluation, one LoRA after the other is evaluated in exactly the
+host's own entries: as if the host had been asked for this LoRA alone.
 """
 
 import logging
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -21,11 +23,29 @@ from loratorio_ext.claims import Claim
 from loratorio_ext.core import ComposedStep, Plan, Predictions, method_from
 from loratorio_ext.errors import UnsupportedError
 from loratorio_ext.generation import Generation
-from loratorio_ext.hosts.forge_backends import Backend, backend_of
-from loratorio_ext.hosts.forge_patches import Patches, branches, joined
+from loratorio_ext.hosts.forge_backends import WRAPPER, backend_of
+from loratorio_ext.hosts.forge_company import Company, Watched, alone
+from loratorio_ext.hosts.forge_loras import (
+    NOTHING,
+    LoadedLora,
+    Lora,
+    Patched,
+    active_loras,
+    at_present_strengths,
+    labels,
+    load,
+    not_finite,
+    pooled_loras,
+    room_for,
+    unet_lora,
+)
+from loratorio_ext.hosts.forge_patches import branches, joined
+from loratorio_ext.hosts.neighbours import callers_of, named
+from loratorio_ext.hosts.pool_files import POOL_FILES
 from loratorio_ext.hosts.webui import (
-    asked_loras,
     check_tags,
+    claimed,
+    claims_on,
     clean_up,
     encode,
     forget_conditionings,
@@ -37,75 +57,21 @@ from loratorio_ext.hosts.webui import (
     prompts_of_pass,
     sampled,
     tell_of_loras,
+    tell_of_merge,
     tell_of_none,
 )
-from loratorio_ext.isolation import ROWS_OF_A_POOL, BatchedCalls, Isolation, Row, in_main_memory
+from loratorio_ext.hosts.webui_texts import Affix, is_finite_text, same_text, token_count
+from loratorio_ext.isolation import ROWS_OF_A_POOL, BatchedCalls, Isolation, Row
 
 __all__ = ["check", "clean_up", "forget_conditionings", "interrupt", "open_sampling", "sampled"]
 
 logger = logging.getLogger("loratorio")
 
 LABEL = "loratorio_label"
-ROOM_FOR_A_POOL = 2**30
 REGIONAL = ("area", "mask", "timestep_start", "timestep_end")
-
-
-# --- the prompt's LoRAs -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Lora:
-    """A LoRA of the prompt, or of the pool: its file and multipliers."""
-
-    name: str
-    file: str
-    unet: float
-    text: float
-    pooled: bool = False
-
-
-def on_disk(networks: ModuleType, name: str) -> Any:
-    """The host's entry for a LoRA by the name in a prompt, or None."""
-    ambiguous = name.lower() in networks.forbidden_network_aliases
-    return (networks.available_networks if ambiguous else networks.available_network_aliases).get(name)
-
-
-def active_loras(p: Any, networks: ModuleType) -> list[Lora]:
-    """The prompt's LoRAs that there are, in prompt order, repetitions included.
-
-    Read from the prompt, since the host drops all LoRAs when it does not find one.
-    """
-    found = []
-    for params in asked_loras(p):
-        name, *numbers = params.positional
-        entry = on_disk(networks, name)
-        if entry is not None:
-            text = float(params.named.get("te", numbers[0] if numbers else 1.0))
-            unet = float(params.named.get("unet", numbers[1] if len(numbers) > 1 else text))
-            found.append(Lora(name, entry.filename, unet, text))
-    return found
-
-
-def pooled_loras(generation: Generation, active: Sequence[Lora]) -> list[Lora]:
-    """The pool's LoRAs beside those of the prompt."""
-    members = pool_of(generation, [lora.file for lora in active])
-    return [Lora(each.lora.name, each.lora.file, each.unet, each.text, pooled=True) for each in members]
-
-
-class LoadedLora:
-    """A LoRA's patches of the UNet, and a text encoder (None: it does not change the host's) that has it alone."""
-
-    def __init__(self, lora: Lora, model: Any, networks: ModuleType, backend: Backend):
-        original = model.forge_objects_original
-        weights = networks.load_lora_state_dict(lora.file)
-        unet, clip = networks.load_lora_for_models(
-            original.unet, original.clip, weights, lora.unet, lora.text, filename=lora.file
-        )
-        self.name, self.pooled = lora.name, lora.pooled
-        self.patches = backend.patches(unet, original.unet)
-        text_patches = backend.patches(clip.patcher, original.clip.patcher)
-        self.clip = clip if text_patches and lora.text != 0 else None
-        self.fits = bool(self.patches or text_patches) or lora.unet == lora.text == 0
+TELLING = 1e-3
+"""Two outputs of a model for the same rows that differ by more than this share of their length differ not by rounding.
+"""
 
 
 # --- conditionings ----------------------------------------------------------------------------------------------------
@@ -132,6 +98,13 @@ def text_at_step(texts: tuple[Any, Any], step: int) -> list[Any]:
     layout, text = prompt_parser.reconstruct_multicond_batch(texts[0], step)
     parts = [rows_of(text, [row for row, _ in part]) for part in zip(*layout)]
     return parts if texts[1] is None else [*parts, prompt_parser.reconstruct_cond_batch(texts[1], step)]
+
+
+def text_in(entry: dict) -> Any:
+    """The text of an entry of the host's: token vectors ``[B, tokens, C]``, or a dict of them and a pooled vector."""
+    if "pooled_output" not in entry:
+        return entry["cross_attn"]
+    return {"crossattn": entry["cross_attn"], "vector": entry["pooled_output"]}
 
 
 def with_text(entry: dict, text: Any) -> dict:
@@ -169,7 +142,10 @@ class Label:
 
 @dataclass(frozen=True)
 class HostStep:
-    """What the host is about to evaluate: ``B`` images, an entry for every AND part and at most one unconditional."""
+    """What the host is about to evaluate: ``B`` images, an entry for every AND part and at most one unconditional.
+
+    ``x`` is ``[B, C, H, W]``, or ``[B, C, 1, H, W]`` for models of videos.
+    """
 
     model: Any
     cond: list[dict]
@@ -182,14 +158,20 @@ class HostStep:
     def entries(self) -> list[dict]:
         return [*self.cond, *self.uncond]
 
+    @property
+    def images(self) -> Tensor:
+        """``x`` as images: ``[B, C, H, W]``."""
+        return self.x if self.x.ndim == 4 else self.x.squeeze(2)
+
     def predicted_noise(self, denoised: Tensor) -> Tensor:
         """The noise that x0 predictions ``[..., B, C, H, W]`` mean; for flow models, the velocity."""
-        return (self.x - denoised) / self.sigma.view(-1, 1, 1, 1)
+        return (self.images - denoised) / self.sigma.view(-1, 1, 1, 1)
 
     def of_images(self, rows: Tensor) -> Tensor:
-        """The AND parts' predictions ``[J * B, C, H, W]`` as the host adds them up: ``[B, C, H, W]``."""
+        """The AND parts' predictions ``[J * B, C, H, W]`` as the host adds them up, in the shape of ``x``."""
         strengths = torch.tensor([entry.get("strength", 1.0) for entry in self.cond]).to(rows)
-        return torch.einsum("j, jbchw -> bchw", strengths / strengths.sum(), rows.unflatten(0, (len(self.cond), -1)))
+        parts = rows.unflatten(0, (len(self.cond), -1))
+        return torch.einsum("j, jbchw -> bchw", strengths / strengths.sum(), parts).view_as(self.x)
 
 
 class ForgeSampling:
@@ -198,33 +180,69 @@ class ForgeSampling:
     Wherever a LoRA's index is asked for, `Plan.BASE` stands for none of them and `Plan.MERGED` for all at once.
     """
 
-    def __init__(self, generation: Generation, networks: ModuleType, loras: list[Lora]):
-        self.generation, self.p = generation, generation.p
-        self.method = method_from(generation.settings)
+    def __init__(
+        self,
+        generation: Generation,
+        networks: ModuleType,
+        loras: Sequence[Lora],
+        claims: Sequence[Claim],
+        everywhere: Sequence[Lora],
+    ):
+        self.generation, self.p, self.networks = generation, generation.p, networks
+        self.settings = generation.settings
+        self.method = method_from(self.settings)
         self.steps = 0
+        self.at_work = False
         model = self.p.sd_model
         unet = model.forge_objects.unet.clone()
         self.backend = backend_of(unet)
-        check_supported(self.p)
-        key = (model, *loras)
-        self.loras = generation.once(("loras", *key), lambda: self.load(model, networks, loras))
+        self.backend.check(self.p)
+        self.key = (model, *loras, *everywhere)
+        self.base = generation.once(("base", model, *everywhere), lambda: self.load_everywhere(model, everywhere))
+        loaded = generation.once(("loras", *self.key), lambda: self.load(model, loras))
+        of = {lora.file: claim for lora, claim in zip(loras, claims)}
+        self.loras = loaded
+        self.claims = [of[each.lora.file] for each in loaded]
         # Made once for all batches that share them; and a host may announce a hires pass more than once.
-        self.texts = generation.once(("texts", *key, *prompts_of_pass(self.p)), lambda: self.encode(model))
-        self.key = ("isolation", *key)
-        self.backend.strip(unet, model.forge_objects_after_applying_lora.unet, model.forge_objects_original.unet)
+        self.texts, self.speaks = generation.once(
+            ("texts", *self.key, *prompts_of_pass(self.p)), lambda: self.encode_all(model)
+        )
+        host, original = Patched.by_the_host(model), Patched.original(model)
+        self.backend.strip(unet, host.unet, original.unet, self.base.unet)
+        setattr(unet, self.backend.store, Watched(getattr(unet, self.backend.store), self.refuse_change))
         unet.add_extra_preserved_memory_during_sampling(room_for(loras))
-        self.undo = self.replace_evaluation(unet)
+        self.hooked = ExitStack()
+        self.hooked.callback(self.replace_evaluation(unet))
+        self.hooked.enter_context(alone(unet.model, lambda: self.at_work, self.refuse_call))
         model.forge_objects.unet = unet
 
     def close(self) -> None:
-        undo, self.undo = self.undo, None
-        if undo is not None:
-            undo()
+        self.hooked.close()
+
+    def refuse_call(self, who: str) -> Exception:
+        """The error for a call of the model that is not the composition's."""
+        error = UnsupportedError(
+            f"LoRAtorio: {who} evaluates the model by itself, and what its share in a composition would be is not "
+            "known; switch it off, or LoRAtorio"
+        )
+        self.generation.fail(error)
+        return self.generation.error
+
+    def refuse_change(self, who: str) -> None:
+        """Somebody would change the prompt's LoRAs while sampling runs."""
+        self.generation.fail(
+            UnsupportedError(
+                f"LoRAtorio: {who} changes LoRAs while the image is made, which cannot be composed in this WebUI; say "
+                "steps=0-0.5 in the LoRA's tag in its place, or switch off LoRAtorio"
+            )
+        )
 
     def replace_evaluation(self, unet: Any):
         def evaluation(model, cond, uncond, x, sigma, options):
             """A function and no method: the host deep-copies what it finds in a patcher's options."""
             try:
+                if self.generation.error is not None:  # somebody else has swallowed it
+                    raise self.generation.error
                 return self.compose(HostStep(model, cond, uncond or [], x, sigma, options))
             except Exception as error:
                 self.generation.fail(error)
@@ -232,169 +250,249 @@ class ForgeSampling:
 
         return self.backend.replace_evaluation(unet, evaluation)
 
-    def load(self, model: Any, networks: ModuleType, loras: list[Lora]) -> list[LoadedLora]:
+    # --- before sampling ---
+
+    def load_everywhere(self, model: Any, everywhere: Sequence[Lora]) -> Patched:
+        """The model with the LoRAs that are in every pass."""
+        base = Patched.original(model)
+        for lora in everywhere:
+            base = base.having(lora, self.networks, self.backend)
+        return base
+
+    def load(self, model: Any, loras: Sequence[Lora]) -> list[LoadedLora]:
+        """The LoRAs, each by itself; those of the pool that cannot take part are left out, and why is noted."""
         loaded = []
-        for lora in loras:
+        for lora, name in zip(loras, labels(loras)):
             try:
-                each = LoadedLora(lora, model, networks, self.backend)
+                each = load(lora, name, self.base, self.networks, self.backend)
             except Exception as error:  # whatever a file may hold
                 if not lora.pooled:
                     raise
                 logger.warning("%s cannot be read: %s", lora.file, error, exc_info=True)
-                leave_out(self.generation, lora.name, f"its file cannot be read ({type(error).__name__})")
+                leave_out(self.generation, name, f"its file cannot be read ({type(error).__name__})")
                 continue
             if not each.fits and lora.pooled:
-                leave_out(self.generation, lora.name, "made for another model, it has none of this one's layers")
+                leave_out(self.generation, name, "made for another model, it has none of this one's layers")
                 continue
             if not each.fits:
-                self.generation.note(f"{lora.name} has no layer of this model")
+                self.generation.note(f"{name} has no layer of this model")
             loaded.append(each)
-        return loaded
+        POOL_FILES.keep_used()
+        of_the_prompt = [each for each in loaded if not each.lora.pooled]
+        held = at_present_strengths(of_the_prompt, self.base, model, self.backend)
+        return [*held, *(each for each in loaded if each.lora.pooled)]
 
-    def encode(self, model: Any) -> list[tuple[Any, Any]]:
-        """Schedules of conditionings, positive and negative, for each LoRA alone, and last for none."""
-        with text_encoder(model, model.forge_objects_original.clip):
-            base = encode(self.p)
-        texts = []
-        for lora in self.loras:
-            if lora.clip is None:
-                texts.append(base)
+    def encode_all(self, model: Any) -> tuple[list[Any], list[bool]]:
+        """Schedules of conditionings, positive and negative: each LoRA's, then the host's own (`Plan.MERGED`), and last
+        the base's (`Plan.BASE`); and which LoRAs change the base's.
+
+        None for all of them where no LoRA changes the text encoders: then the host's own are everybody's, and nothing
+        is encoded again. (For edit models the images that they refer to are a part of it.)
+        """
+        original, host = Patched.original(model), Patched.by_the_host(model)
+        speaking = [lora for lora in self.loras if lora.clip is not None]
+        if not speaking:
+            return [None] * (len(self.loras) + 2), [False] * len(self.loras)
+
+        def encoded(clip: Any) -> tuple[Any, Any]:
+            with text_encoder(model, clip):
+                return encode(self.p)
+
+        with self.backend.encoding(model):
+            base = encoded(self.base.clip)
+            alone = [base if lora.clip is None else encoded(lora.clip) for lora in self.loras]
+            in_prompt = [text for lora, text in zip(self.loras, alone) if lora.clip and not lora.lora.pooled]
+            if self.base.clip is original.clip and len(in_prompt) < 2:
+                merged = in_prompt[0] if in_prompt else base
             else:
-                with text_encoder(model, lora.clip):
-                    texts.append(encode(self.p))
-        return [*texts, base]
+                merged = encoded(host.clip)
+        for index, (lora, text) in enumerate(zip(self.loras, alone)):
+            if text is base or is_finite_text(text):
+                continue
+            if not lora.lora.pooled:
+                raise not_finite(lora)
+            alone[index] = base  # its other half is refused, or left out, when the branches are made
+        speaks = [text is not base and not all(map(same_text, text, base)) for text in alone]
+        return [*alone, merged, base], speaks
 
-    def isolate(self, model: Any, images: int) -> tuple[list[int], Isolation, BatchedCalls]:
-        """Who takes part (a LoRA of the pool that does not fit is left out), and the branches of these for the model as
-        it is now, with the prompt's LoRAs taken from its weights."""
+    # --- while sampling ---
 
-        def made(name: str, store: Patches, pooled: bool = False) -> Any:
-            fitting, misfits = branches(model, store, self.backend.dense, self.backend.merge)
-            for parameter, error in misfits.items():
-                logger.warning("%s does not fit %s: %s", name, parameter, error)
-            if misfits and pooled:
-                leave_out(self.generation, name, f"made for another model, {len(misfits)} layers have other shapes")
-                return None
-            if misfits:
-                self.generation.note(f"{name} does not fit {len(misfits)} layers of this model")
-            return {name: in_main_memory(branch) for name, branch in fitting.items()} if pooled else fitting
-
-        alone = [made(lora.name, lora.patches, lora.pooled) for lora in self.loras]
-        members = [index for index, fitting in enumerate(alone) if fitting is not None]
-        if not members:
+    def isolate(self, model: Any, images: int) -> tuple[list[bool], Isolation, BatchedCalls]:
+        """Which LoRAs do anything, and the branches of all for the model as it is now, with the prompt's LoRAs taken
+        from its weights; a LoRA of the pool that does not fit does nothing."""
+        made = [unet_lora(self.generation, self.backend, model, lora) for lora in self.loras]
+        if not any(made):
             tell_of_none(self.generation)
-        settings = self.generation.settings
-        windowed = settings.start > 0 or settings.end < 1
-        of_the_prompt = [lora.patches for lora in self.loras if not lora.pooled]
-        merged = made("the sum of LoRAs", joined(of_the_prompt)) if windowed else {}
+        acts = [each is not None and (each.acts or speaks) for each, speaks in zip(made, self.speaks)]
+        merged = {}
+        if self.settings.start > 0 or self.settings.end < 1:
+            of_the_prompt = joined([lora.patches for lora in self.loras if not lora.lora.pooled])
+            merged, _ = branches(model, of_the_prompt, self.backend.dense, self.backend.merge)
         # So that Plan.MERGED and Plan.BASE are indices like any other:
-        by_index = [*(alone[index] for index in members), merged, {}]
+        by_index = [*((each or NOTHING).branches for each in made), merged, {}]
         names = {name for each in by_index for name in each}
         isolation = Isolation({name: model.get_submodule(name.rpartition(".")[0]) for name in names}, by_index)
-        limit = max(1, ROWS_OF_A_POOL // images) if settings.pool else None
-        return members, isolation, BatchedCalls(isolation.forget, limit)
+        limit = max(1, ROWS_OF_A_POOL // images) if self.settings.pool else None
+        return acts, isolation, BatchedCalls(isolation.forget, limit)
 
     def compose(self, step: HostStep) -> tuple[Tensor, Tensor | None]:
-        """The step's conditional and unconditional x0, ``[B, C, H, W]`` each."""
+        """The step's conditional and unconditional x0, in the shape of ``x``."""
         self.steps += 1
+        if step.x.ndim == 5 and step.x.shape[2] > 1:
+            raise UnsupportedError(f"LoRAtorio: videos are not supported ({step.x.shape[2]} frames were asked for)")
         if any(key in entry for entry in step.entries for key in REGIONAL):
             raise UnsupportedError("LoRAtorio: conditions for a region or a part of the steps are not supported")
         # Not before the first model call: only then has the host taken its own LoRAs from the weights.
-        members, self.isolation, self.calls = self.generation.once(
-            self.key, lambda: self.isolate(step.model, len(step.x))
+        acts, self.isolation, self.calls = self.generation.once(
+            ("isolation", *self.key), lambda: self.isolate(step.model, len(step.x))
         )
-        self.names = [self.loras[index].name for index in members]
-        self.texts_of = [*(self.texts[index] for index in members), self.texts[Plan.BASE]]
         denoiser = self.p.sampler.model_wrap_cfg
-        plan = Plan(host=Plan.MERGED)
-        if members:
-            plan = plan_step(self.generation, self.method, denoiser, [Claim()] * len(members))
-        composed = self.predict(step, plan, denoiser.step)
-        return step.of_images(composed.cond), composed.uncond
+        acting = [index for index, acting in enumerate(acts) if acting]
+        plan = plan_step(self.generation, self.method, denoiser, self.claims, acting)
+        self.meet_company(step, denoiser.step)
+        self.at_work = True
+        try:
+            composed = self.predict(step, plan)
+        finally:
+            self.at_work = False
+        return step.of_images(composed.cond), None if composed.uncond is None else composed.uncond.view_as(step.x)
 
-    def predict(self, step: HostStep, plan: Plan, number: int) -> ComposedStep:
+    def meet_company(self, step: HostStep, number: int) -> None:
+        """Look who else takes part, and take each LoRA's text for this step, with what others have put around the
+        host's."""
+        self.company = Company(step.model, step.options)
+        if self.company:
+            self.generation.note(f"beside {self.company} one LoRA after the other was evaluated, which takes longer")
+        self.text: dict[int, list[Any]] = {}
+        if self.texts[Plan.MERGED] is None:
+            return
+        given = [text_in(entry) for entry in step.entries]
+        merged = text_at_step(self.texts[Plan.MERGED], number)
+        try:
+            affixes = [Affix.between(self.comparable(own, other), other) for own, other in zip(merged, given)]
+        except ValueError as error:
+            suspects = named(dict.fromkeys([*self.company.names, *callers_of("cfg_denoiser")]))
+            raise UnsupportedError(
+                f"LoRAtorio: {suspects} changes the prompt's conditioning while the image is made, and what it would "
+                "make of a single LoRA's is not known; switch it off, or LoRAtorio"
+            ) from error
+        for index in (*range(len(self.loras)), Plan.BASE):
+            texts = text_at_step(self.texts[index], number)
+            self.text[index] = [affix.around(text) for affix, text in zip(affixes, texts)]
+
+    @staticmethod
+    def comparable(own: Any, given: Any) -> Any:
+        """A conditioning of ours with just what an entry of the host's tells of its own."""
+        return {key: own[key] for key in given} if isinstance(given, dict) else own
+
+    def predict(self, step: HostStep, plan: Plan) -> ComposedStep:
         """One prediction an AND part and image, ``[J * B, C, H, W]``, and an unconditional one an image."""
         parts, everything = len(step.cond), len(step.entries)
-        each = everything if plan.uncond else parts
-        chunks = [(plan.host, entry) for entry in range(everything)]
-        chunks += [(lora, entry) for lora in plan.isolated for entry in range(each)]
-
-        output = self.calls(chunks, lambda batch: self.evaluate(step, number, batch))
-        host, alone = output.split([everything, len(chunks) - everything])
+        one_by_one = bool(self.company) or self.is_padded(step)
+        each = everything if plan.uncond or one_by_one else parts
+        host_rows = [(plan.host, entry) for entry in range(everything)]
+        isolated = [[(lora, entry) for entry in range(each)] for lora in plan.isolated]
+        if one_by_one:
+            host = self.evaluate(step, host_rows)
+            if self.company:
+                self.check_even_handed(step, host_rows, host)
+            alone = [self.evaluate(step, rows) for rows in isolated]
+        else:
+            rows = [*host_rows, *(row for rows in isolated for row in rows)]
+            host, *alone = self.calls(rows, lambda batch: self.evaluate(step, batch)).split(
+                [everything, *[each] * len(isolated)]
+            )
         cond, uncond = host[:parts].flatten(0, 1), host[parts] if step.uncond else None
-        if not plan.isolated:
+        if plan.host == Plan.MERGED:
             return ComposedStep(cond, uncond)
-        alone = alone.unflatten(0, (len(plan.isolated), each))
+        by_lora = torch.stack(alone) if alone else host.new_empty(0, each, *host.shape[1:])
         predictions = Predictions(
             host_cond=cond,
             host_uncond=uncond,
-            cond=alone[:, :parts].flatten(1, 2),
-            uncond=alone[:, parts] if plan.uncond and step.uncond else None,
+            cond=by_lora[:, :parts].flatten(1, 2),
+            uncond=by_lora[:, parts] if plan.uncond and step.uncond else None,
             eps_base=step.predicted_noise(host[:parts]).flatten(0, 1),
-            eps=step.predicted_noise(alone[:, :parts]).flatten(1, 2),
+            eps=step.predicted_noise(by_lora[:, :parts]).flatten(1, 2),
             image_of_row=tuple(range(len(step.x))) * parts,
             gain=-step.sigma[0],
+            **claimed(plan, self.claims, step.images),
         )
         composed = self.method.combine(predictions)
-        self.generation.record(self.names, composed.weights, predictions.image_of_row)
+        names = [self.loras[member].name for member in plan.members]
+        self.generation.record(names, composed.weights, predictions.image_of_row)
         return composed
 
-    def entry(self, step: HostStep, number: int, lora: int, index: int) -> dict:
-        """One of the host's entries with the text that this LoRA's encoder makes of it."""
-        if lora == Plan.MERGED:
-            return step.entries[index]
-        return with_text(step.entries[index], text_at_step(self.texts_of[lora], number)[index])
+    def is_padded(self, step: HostStep) -> bool:
+        """Whether the host repeats some prompts until all in a batch are of one length, and the model sees it: then a
+        row depends on which others are in its batch. (Cross-attention does not see repetitions.)"""
+        model = self.p.sd_model
+        cross_attends = getattr(model, "is_sd1", False) or getattr(model, "is_sdxl", False)
+        texts = [*map(text_in, step.entries), *(text for texts in self.text.values() for text in texts)]
+        return not cross_attends and len(set(map(token_count, texts))) > 1
 
-    def evaluate(self, step: HostStep, number: int, chunks: Sequence[Row]) -> Tensor:
+    def check_even_handed(self, step: HostStep, rows: Sequence[Row], known: Tensor) -> None:
+        """Now and then (in model calls 1, 2, 4, 8 ...): what the same rows make must not depend on how often somebody
+        was asked. (The host's own token merging draws its tokens by lot.)"""
+        if self.steps & (self.steps - 1) or self.p.get_token_merging_ratio():
+            return
+        again = self.evaluate(step, rows)
+        if (again - known).float().norm() > TELLING * known.float().norm():
+            raise UnsupportedError(
+                f"LoRAtorio: {self.company} makes something else of a step when it is asked again, so LoRAs cannot be "
+                "evaluated one after the other; switch it off, or LoRAtorio"
+            )
+
+    def entry(self, step: HostStep, lora: int, index: int) -> dict:
+        """One of the host's entries with the text that this LoRA's encoder makes of it."""
+        texts = self.text.get(lora)
+        return step.entries[index] if texts is None else with_text(step.entries[index], texts[index])
+
+    def evaluate(self, step: HostStep, chunks: Sequence[Row]) -> Tensor:
         """``[len(chunks), B, C, H, W]``: x0 of each chunk, which is a LoRA and one of the host's entries."""
-        others = step.options.get("model_function_wrapper")
+        others = step.options.get(WRAPPER)
         results: dict[int, Tensor] = {}
 
         def wrapper(apply_model, args):
-            labels = [label.number for label in args["c"].pop(LABEL)]
+            numbers = [label.number for label in args["c"].pop(LABEL)]
+            group = [chunks[number][0] for number in numbers]
+
+            asked = []
 
             def isolated(x, sigma, **conditions):
-                if len(x) != len(args["input"]):
-                    raise UnsupportedError("LoRAtorio: another extension regroups the rows of the batch")
-                with self.isolation.rows([chunks[label][0] for label in labels]):
+                asked.append(len(x))
+                with self.isolation.rows(group if len(set(group)) > 1 else group[:1]):
                     return apply_model(x, sigma, **conditions)
 
             if others is not None:
                 output = others(isolated, args)
+                if not asked:
+                    raise UnsupportedError(
+                        f"LoRAtorio: {self.company} leaves out calls of the model and goes by earlier ones, which were "
+                        "other LoRAs'; switch it off, or LoRAtorio"
+                    )
             else:
                 output = isolated(args["input"], args["timestep"], **args["c"])
-            results.update(zip(labels, output.chunk(len(labels))))
+            results.update(zip(numbers, output.chunk(len(numbers))))
             return output
 
         cond, uncond = [], []
         for label, (lora, index) in enumerate(chunks):
-            entry = self.entry(step, number, lora, index)
+            entry = self.entry(step, lora, index)
             conds = entry["model_conds"] | {LABEL: Label(label)}
             (cond if index < len(step.cond) else uncond).append(entry | {"model_conds": conds})
-        options = step.options | {"model_function_wrapper": wrapper}
+        options = step.options | {WRAPPER: wrapper}
         self.backend.evaluate(step.model, cond, uncond or None, step.x, step.sigma, options)
-        return torch.stack([results[label] for label in range(len(chunks))])
+        return torch.stack([results[label].view_as(step.images) for label in range(len(chunks))])
 
 
 # --- entering ---------------------------------------------------------------------------------------------------------
-
-
-def room_for(loras: Sequence[Lora]) -> int:
-    """Bytes to ask the host to keep free for the LoRAs' matrices; a pool's are only partly there at any time.
-
-    The host takes files that it cannot read out of the way.
-    """
-    of_the_prompt, of_the_pool = (
-        sum(os.path.getsize(lora.file) for lora in loras if lora.pooled is pooled and os.path.exists(lora.file))
-        for pooled in (False, True)
-    )
-    return of_the_prompt + min(of_the_pool, ROOM_FOR_A_POOL)
 
 
 def check_supported(p: Any) -> None:
     """Raises `UnsupportedError` for what cannot be composed here."""
     if getattr(shared.opts, "dynamic_clip_skip_enabled", False):
         raise UnsupportedError("LoRAtorio: dynamic clip skip is not supported")
+    backend_of(p.sd_model.forge_objects_original.unet).check(p)
 
 
 def tell_of_the_pass(generation: Generation) -> None:
@@ -410,20 +508,28 @@ def tell_of_the_pass(generation: Generation) -> None:
 def open_sampling(generation: Generation) -> ForgeSampling | None:
     """Composition for the sampling pass that is about to begin, or None where there is nothing to compose."""
     if generation.settings.method == "merge":
+        tell_of_merge(generation)
         return None
+    check_supported(generation.p)
     networks = lora_extension()
-    active = active_loras(generation.p, networks)
-    tell_of_loras(generation, [lora.name for lora in active])
-    loras = [*active, *pooled_loras(generation, active)]
+    active, names = active_loras(generation.p, networks)
+    tell_of_loras(generation, names, "at what the WebUI makes of its multipliers")
+    found = [*active, *pooled_loras(generation, active)]
+    claims = dict(zip(found, claims_on(generation, [lora.listed for lora in found])))
+    everywhere = [lora for lora, claim in claims.items() if claim.base]
+    loras = [lora for lora in found if lora not in everywhere]
     if not loras:
         tell_of_none(generation)
         return None
     tell_of_the_pass(generation)
-    return ForgeSampling(generation, networks, list({lora.file: lora for lora in loras}.values()))
+    return ForgeSampling(generation, networks, loras, [claims[lora] for lora in loras], everywhere)
 
 
 def check(generation: Generation) -> None:
-    """Raise what speaks against a composition before any script has acted: the pool's entries, the prompts' tags."""
-    if generation.settings.method != "merge":
-        pool_of(generation, ())
-        check_tags(generation.p)
+    """Raise what speaks against a composition before any script has acted: the pool's entries, the prompts' tags, the
+    kind of model."""
+    if generation.settings.method == "merge":
+        return
+    pool, tagged = pool_of(generation, ()), check_tags(generation.p)
+    if pool or tagged:
+        check_supported(generation.p)

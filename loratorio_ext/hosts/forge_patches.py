@@ -1,10 +1,11 @@
-"""Forge's and reForge's stores of LoRAs, and side branches made of what is in them.
+"""The stores of LoRAs of Forge's family, and side branches made of what is in them.
 
 A store holds patches by parameter name (``diffusion_model.....weight``). A patch is the sequence ``strength, value,
 strength of the weight, offset, function``, whatever the host; the last three are for values that are not simply added
-to the whole parameter.
+to the whole parameter. What may follow is of no account for what is added.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,27 @@ def joined(stores: Sequence[Patches]) -> Patches:
     return {name: [patch for store in stores for patch in store.get(name, ())] for name in names}
 
 
+def strengths_of(stores: Sequence[Patches]) -> dict[str, Counter]:
+    """How often each strength occurs at each parameter."""
+    found: dict[str, Counter] = {}
+    for store in stores:
+        for name, patches in store.items():
+            found.setdefault(name, Counter()).update(float(patch[0]) for patch in patches)
+    return {name: counter for name, counter in found.items() if counter}
+
+
+def as_held(own: Sequence[Patches], held: Patches) -> list[Patches]:
+    """Each LoRA's patches as the host holds them, in prompt order: other extensions may have changed their strengths,
+    block by block say. Raises ValueError where it cannot be told whose they are."""
+    if not held or strengths_of(own) == strengths_of([held]):
+        return list(own)
+    counts = Counter(name for store in own for name, patches in store.items() for _ in patches)
+    if counts != {name: len(patches) for name, patches in held.items() if patches}:
+        raise ValueError("the host holds other patches than the prompt's files have")
+    rest = {name: iter(patches) for name, patches in held.items()}
+    return [{name: [next(rest[name]) for _ in patches] for name, patches in store.items()} for store in own]
+
+
 def matrices(value: Any) -> tuple | None:
     """Up, down, alpha, mid and whatever follows, of a patch's value; None where that is no LoRA or LoCon."""
     kind, weights = (value.name, value.weights) if hasattr(value, "weights") else (value[0], value[-1])
@@ -39,7 +61,7 @@ def matrices(value: Any) -> tuple | None:
 def low_rank(patches: Sequence[Sequence[Any]], shape: torch.Size) -> LowRank | None:
     """One branch for all patches of a weight of this shape, or None where some are no plain low-rank product of it."""
     parts = []
-    for strength, value, strength_of_weight, offset, function in patches:
+    for strength, value, strength_of_weight, offset, function, *_ in patches:
         found = matrices(value)
         if found is None or strength_of_weight != 1 or function is not None:
             return None
@@ -67,7 +89,7 @@ def check_size(patches: Sequence[Sequence[Any]], shape: torch.Size) -> None:
 
     Some hosts only log that they cannot merge such a patch, and leave the weight as it is.
     """
-    for _, value, _, offset, _ in patches:
+    for _, value, _, offset, *_ in patches:
         found = matrices(value)
         if found is None or offset is not None or found[3] is not None:
             continue

@@ -32,10 +32,18 @@ def lora_extension() -> ModuleType:
     return networks
 
 
+def folder_of(file: str) -> str:
+    """The host's LoRA folder that holds a file; some hosts look for LoRAs in several."""
+    folders = [shared.cmd_opts.lora_dir, *(getattr(shared.cmd_opts, "lora_dirs", None) or ())]
+    holding = [folder for folder in map(os.path.abspath, folders) if file.startswith(os.path.join(folder, ""))]
+    return max(holding, key=len, default=os.path.abspath(folders[0]))
+
+
 def listed(entry: Any) -> Listed:
     """The host's entry for a file, as the pool's entries and the options know it."""
     networks = lora_extension()
-    path = path_below(os.path.abspath(entry.filename), os.path.abspath(shared.cmd_opts.lora_dir))
+    file = os.path.abspath(entry.filename)
+    path = path_below(file, folder_of(file))
     ambiguous = entry.alias.lower() in networks.forbidden_network_aliases
     return Listed(entry.name, entry.filename, path, "" if ambiguous else entry.alias, entry.metadata)
 
@@ -80,14 +88,15 @@ def asked_loras(p: Any) -> list[Any]:
     return [params for params in asked.get("lora", []) if params.positional]
 
 
-def tell_of_loras(generation: Generation, loaded: Sequence[str]) -> None:
-    """Note what is otherwise than the prompt asks: ``loaded`` are the names the host found, in prompt order."""
+def tell_of_loras(generation: Generation, loaded: Sequence[str], repeated: str = "at its last multiplier") -> None:
+    """Note what is otherwise than the prompt asks: ``loaded`` are the names the host found, in prompt order;
+    ``repeated`` says how one acts that is named more than once."""
     named = dict.fromkeys(params.positional[0] for params in asked_loras(generation.p))
     missing = [name for name in named if name not in loaded]
     if missing:
         generation.note(f"composed without {', '.join(missing)}: not found, or it failed to load")
     if len(set(loaded)) < len(loaded):
-        generation.note("a LoRA named more than once takes part once, at its last multiplier")
+        generation.note(f"a LoRA named more than once takes part once, {repeated}")
 
 
 def check_tags(p: Any) -> bool:

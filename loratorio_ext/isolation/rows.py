@@ -1,9 +1,10 @@
 """Which rows of a batch belong to which LoRA, and the hooks that give each row its own."""
 
 import math
+import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import groupby
 
 import torch
@@ -55,6 +56,14 @@ class Stacks:
         self.nbytes += size
 
 
+def uncompiled() -> AbstractContextManager:
+    """While entered, modules that `torch.compile` was asked for run as they are written: code that was compiled before
+    does not look for hooks that came later. (PyTorch 2.6 and later; nothing else before.)"""
+    if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
+
+
 class Isolation:
     """LoRAs that can act row by row on a model that itself holds none of them.
 
@@ -89,7 +98,8 @@ class Isolation:
             for name, layer in self.layers.items():
                 if any(name in self.loras[index] for index in group):
                     handles.append(layer.register_forward_hook(self._hook(name, group)))
-            yield
+            with uncompiled() if handles else nullcontext():
+                yield
         finally:
             for handle in handles:
                 handle.remove()

@@ -9,7 +9,7 @@ from tests.contract.rows import Contract
 largest_differences: dict[str, dict[str, int]] = defaultdict(dict)
 
 
-LIVE = [pytest.param(host, marks=pytest.mark.live) for host in ("a1111", "forge", "reforge")]
+LIVE = [pytest.param(host, marks=pytest.mark.live) for host in ("a1111", "forge", "reforge", "neo")]
 
 
 @pytest.fixture(scope="module", params=["double", *LIVE])
@@ -29,9 +29,10 @@ def webui(request, tmp_path_factory):
         with tiny_webui("sd1", tmp_path_factory) as real:
             yield real
     else:
-        from tests.live.forge import Forge, ReForge, small_webui
+        from tests.live.forge import Forge, Neo, ReForge, small_webui
 
-        with small_webui({"forge": Forge, "reforge": ReForge}[request.param], tmp_path_factory) as real:
+        kinds = {"forge": Forge, "reforge": ReForge, "neo": Neo}
+        with small_webui(kinds[request.param], tmp_path_factory) as real:
             yield real
 
 

@@ -1,7 +1,8 @@
-"""Forge and reForge as the tests drive them: `WebUI` with their flags, their payloads and a small checkpoint."""
+"""Forge, reForge and Neo as the tests drive them: `WebUI` with their flags, payloads and a small checkpoint."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ LORAS = (
     *("lokr", "lokr_factored", "lokr_tucker", "glora", "full", "norm", "unet_only", "text_only", "rank_1"),
     *("rank_16_half", "cross_attention", "down_blocks", "up_blocks"),
 )
-"""The files of the catalogue that hold what Forge and reForge read."""
+"""The files of the catalogue that hold what Forge and its relatives read."""
 
 
 class Forge(WebUI):
@@ -31,9 +32,11 @@ class Forge(WebUI):
 
     name = "FORGE"
     cpu_flags = (*CPU_FLAGS, "--always-cpu", "--all-in-fp32")
+    lora_flag = "--lora-dir"
     loaded = "Startup time"
     hires = {"hr_additional_modules": ["Use same choices"]}
     """what a payload for hires fix must say here"""
+    upscaler = "Latent"
 
     def __enter__(self) -> Forge:
         super().__enter__()
@@ -45,6 +48,8 @@ class Forge(WebUI):
     def _generate(self, path: str, payload: dict):
         if payload.get("enable_hr"):
             payload = {"hr_cfg": payload.get("cfg_scale", 7.0), **self.hires, **payload}
+            if payload.get("hr_upscaler") == "Latent":
+                payload["hr_upscaler"] = self.upscaler
         return super()._generate(path, payload)
 
     def img2img(self, image: np.ndarray, **payload):
@@ -58,6 +63,29 @@ class ReForge(Forge):
 
     name = "REFORGE"
     hires = {}
+
+
+class Neo(Forge):
+    """A server process of Forge Neo. It takes its checkpoint from the options, and files of LoRAs from several
+    folders."""
+
+    name = "NEO"
+    cpu_flags = (
+        *("--api", "--server-name", "127.0.0.1", "--skip-prepare-environment", "--skip-torch-cuda-test"),
+        *("--skip-python-version-check", "--skip-version-check", "--skip-install", "--disable-console-progressbars"),
+        *("--cpu", "--force-fp32", "--fp32-unet", "--fp32-vae", "--fp32-text-enc"),
+    )
+    lora_flag = "--lora-dirs"
+    upscaler = "Lanczos"
+    """it has no latent ones"""
+
+    def __init__(self, host: Path, data: Path, checkpoint: Path, **options):
+        super().__init__(host, data, checkpoint, **options)
+        at = self.command.index("--ckpt")
+        del self.command[at : at + 2]
+        config = self.data / "config.json"
+        chosen = {"sd_model_checkpoint": Path(checkpoint).name, "VERSION_UID": "PY313"}  # the latter: or it asks
+        config.write_text(json.dumps(json.loads(config.read_text(encoding="utf-8")) | chosen), encoding="utf-8")
 
 
 def is_small(layer: Layer) -> bool:
@@ -84,5 +112,5 @@ def small_webui(kind: type[Forge], tmp_path_factory, **options) -> Iterator[Forg
     if not host:
         pytest.skip(f"{variable} does not name an installed {kind.__name__}")
     data, checkpoint = lay_out_small_data(tmp_path_factory.mktemp(kind.name.lower()), (ROOT, REFERENCE))
-    with kind(Path(host), data, checkpoint, flags=("--lora-dir", str(data / "models" / "Lora")), **options) as webui:
+    with kind(Path(host), data, checkpoint, flags=(kind.lora_flag, str(data / "models" / "Lora")), **options) as webui:
         yield webui

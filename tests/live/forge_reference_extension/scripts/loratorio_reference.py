@@ -7,6 +7,7 @@ Its one argument is a dict of all of LoRAtorio's options, or None to do nothing.
 
 import ast
 import fnmatch
+import importlib
 import importlib.util
 import sys
 import uuid
@@ -22,7 +23,10 @@ spec = importlib.util.spec_from_file_location("loratorio_oracle", TESTS / "oracl
 oracle = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(oracle)
 
-FORGE = importlib.util.find_spec("backend") is not None
+BACKEND = importlib.util.find_spec("backend") is not None
+"""Forge and Neo have it; reForge has ldm_patched."""
+FORGE = BACKEND and hasattr(importlib.import_module("backend.patcher.base").ModelPatcher, "refresh_loras")
+"""Forge keeps patches by file; reForge and Neo keep them by parameter."""
 
 
 def host_networks():
@@ -30,7 +34,7 @@ def host_networks():
 
 
 def pool(options, active):
-    """The pool's LoRAs that are not active, as `load` takes them. Entries are ``pattern`` and ``pattern:weight``."""
+    """The pool's LoRAs that are not active, as `active_loras` has them. Entries are ``pattern``, ``pattern:weight``."""
     found = {}
     available = host_networks().available_networks
     for entry in options["pool"]:
@@ -39,17 +43,27 @@ def pool(options, active):
             file = available[name].filename
             if fnmatch.fnmatchcase(name, pattern) and file not in active:
                 text, *unet = [float(each) for each in weight.split(":")] if weight else [options["pool_weight"]]
-                found[file] = (file, unet[0] if unet else text, text)
+                found[file] = [(unet[0] if unet else text, text)]
     return found
 
 
-def load(model, file, unet_strength, text_strength):
+def active_loras(model):
+    """{file: [(strength of the UNet's patches, of the text encoders'), ...]} of the prompt, as often as it is named."""
+    found = {}
+    for file, *numbers in ast.literal_eval(model.current_lora_hash):
+        found.setdefault(file, []).append(tuple(numbers[:2]))
+    return found
+
+
+def load(model, file, strengths):
     """Patchers of the UNet and the text encoders that hold this LoRA and nothing else."""
     networks = host_networks()
-    original, weights = model.forge_objects_original, networks.load_lora_state_dict(file)
-    return networks.load_lora_for_models(
-        original.unet, original.clip, weights, unet_strength, text_strength, filename=file
-    )
+    unet, clip = model.forge_objects_original.unet, model.forge_objects_original.clip
+    for each in strengths:
+        unet, clip = networks.load_lora_for_models(
+            unet, clip, networks.load_lora_state_dict(file), *each, filename=file
+        )
+    return unet, clip
 
 
 def patches_of(patcher):
@@ -73,10 +87,10 @@ def without_loras(patcher):
 
 
 def merged(patches, weight, name):
-    if FORGE:
+    if BACKEND:
         from backend.patcher.lora import merge_lora_to_weight
 
-        return merge_lora_to_weight(patches, weight, name, computation_dtype=torch.float32)
+        return merge_lora_to_weight(patches, weight.to(torch.float32, copy=True), name, torch.float32)
     from ldm_patched.modules.lora import calculate_weight
 
     return calculate_weight(patches, weight.to(torch.float32, copy=True), name).to(weight.dtype)
@@ -104,17 +118,19 @@ def encode(p, clip):
     model, hires = p.sd_model, getattr(p, "is_hr_pass", False)
     prompts, negatives = (p.hr_prompts, p.hr_negative_prompts) if hires else (p.prompts, p.negative_prompts)
     width, height = (p.hr_upscale_to_x, p.hr_upscale_to_y) if hires else (p.width, p.height)
-    more = {"distilled_cfg_scale": p.distilled_cfg_scale} if FORGE else {}
+    more = {"distilled_cfg_scale": p.distilled_cfg_scale} if BACKEND else {}
     hires_steps = None
     if hires:
         config = sd_samplers.find_sampler_config(p.hr_sampler_name or p.sampler_name)
         hires_steps = config.total_steps(p.hr_second_pass_steps or p.steps)
-    steps = (p.firstpass_steps, hires_steps, shared.opts.use_old_scheduling)
+    steps = [p.firstpass_steps, hires_steps]
+    if hasattr(shared.opts, "use_old_scheduling"):  # Neo knows the new one alone
+        steps.append(shared.opts.use_old_scheduling)
     positive = prompt_parser.SdConditioning(prompts, width=width, height=height, **more)
     negative = prompt_parser.SdConditioning(negatives, width=width, height=height, is_negative_prompt=True, **more)
     before, model.forge_objects.clip = model.forge_objects.clip, clip
     try:
-        if FORGE:
+        if BACKEND:
             model.set_clip_skip(int(shared.opts.CLIP_stop_at_last_layers))
         cond = prompt_parser.get_multicond_learned_conditioning(model, positive, *steps)
         if (p.hr_uc if hires else p.uc) is None:
@@ -130,6 +146,11 @@ def row_of(text, row):
     return text[row : row + 1]
 
 
+def as_image(latent):
+    """``[rows, C, H, W]``, of a video's single frame, too."""
+    return latent.reshape(*latent.shape[:2], *latent.shape[-2:])
+
+
 class Run:
     """One sampling pass."""
 
@@ -138,10 +159,10 @@ class Run:
         self.reuse = oracle.Reuse(options["refresh"], options["warmup"])
         self.selection = oracle.Selection(options["reselect_every"])
         model = p.sd_model
-        active = {file: (file, *numbers[:2]) for file, *numbers in ast.literal_eval(model.current_lora_hash)}
+        active = active_loras(model)
         active |= pool(options, active)
         original = model.forge_objects_original
-        loaded = [load(model, *lora) for lora in active.values()]
+        loaded = [load(model, *lora) for lora in active.items()]
         self.patches = [patches_of(unet) for unet, _ in loaded]
         self.texts = [encode(p, clip) for _, clip in loaded]
         self.base_text = encode(p, original.clip)
@@ -160,7 +181,7 @@ class Run:
             output = model.apply_model(
                 x[image : image + 1], sigma[image : image + 1], transformer_options={}, **conditions
             )
-            return output.double().numpy()[0]
+            return as_image(output.double().numpy())[0]
 
         with weights(model, patches):
             conds = [
@@ -183,15 +204,15 @@ class Run:
             layout, conds, unconds = self.predict(model, self.all_patches, self.conds, *where)
         else:
             layout, conds, unconds = self.composed(model, *where)
-        total, image_of_row = np.zeros(x.shape), [image for image, parts in enumerate(layout) for _ in parts]
+        total, image_of_row = np.zeros(as_image(x).shape), [image for image, parts in enumerate(layout) for _ in parts]
         strengths = [strength for parts in layout for _, strength in parts]
         for row, image in enumerate(image_of_row):
             share = strengths[row] / sum(s for s, i in zip(strengths, image_of_row) if i == image)
             total[image] += share * conds[row]
-        return [torch.from_numpy(total).to(x), None if unconds is None else torch.from_numpy(unconds).to(x)]
+        return [None if rows is None else torch.from_numpy(rows).to(x).view_as(x) for rows in (total, unconds)]
 
     def composed(self, model, *where):
-        x, sigma = where[2].double().numpy(), where[3].double().numpy()
+        x, sigma = as_image(where[2].double().numpy()), where[3].double().numpy()
         layout, base_cond, base_uncond = self.predict(model, {}, self.base_text, *where)
         loras = [self.predict(model, patches, text, *where)[1:] for patches, text in zip(self.patches, self.texts)]
         conds = np.stack([each[0] for each in loras])
@@ -218,7 +239,7 @@ class Run:
 
 def hook(unet, run):
     """Let the run's evaluation stand for the host's."""
-    if not FORGE:
+    if not BACKEND:
         unet.set_model_sampler_calc_cond_batch_function(
             lambda args: [
                 torch.zeros_like(args["input"]) if rows is None else rows

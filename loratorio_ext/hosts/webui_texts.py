@@ -1,4 +1,4 @@
-"""AUTOMATIC1111's conditionings: schedules, a step's rows of them, and what other extensions have put around them."""
+"""A WebUI's conditionings: schedules, a step's rows of them, and what other extensions have put around them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,7 +28,10 @@ def token_count(text: Any) -> int:
 
 
 def vectors(schedules: Any) -> Iterator[Tensor]:
-    """Every tensor in the host's schedules of conditionings, which nest lists, dicts and objects of its own."""
+    """Every tensor in the host's schedules of conditionings, which nest lists, dicts and objects of its own; None, what
+    some hosts have of a negative prompt that they do not need, holds none."""
+    if schedules is None:
+        return
     if isinstance(schedules, Tensor):
         yield schedules
         return

@@ -1,0 +1,105 @@
+"""Who else has a hand in a step of Forge's family: functions in a patcher's options, and calls of the model that are
+not the host's own."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from modules import extensions
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from loratorio_ext.hosts.forge_backends import WRAPPER
+from loratorio_ext.hosts.neighbours import below, company, functions_in, named, neighbour_at_work, owner, owner_of_file
+
+
+def functions_of(options: Any) -> Iterator[Callable]:
+    """Every function in a tree of options."""
+    if isinstance(options, Mapping):
+        options = options.values()
+    elif not isinstance(options, (list, tuple)):
+        if callable(options) and not isinstance(options, (type, nn.Module)):
+            yield options
+        return
+    for each in options:
+        yield from functions_of(each)
+
+
+def name_of(function: Callable) -> str:
+    """Whose function it is: an extension's, built in or not, else the file of the host's that it comes from."""
+    found = owner(function)
+    if found is not None:
+        return found
+    files = [os.path.realpath(code.co_filename) for code in functions_in(function)]
+    built_in = [each for each in extensions.extensions if each.is_builtin]
+    for file in files:
+        for extension in built_in:
+            if below(file, extension.path):
+                return extension.name
+    return Path(files[0]).stem if files else type(function).__name__
+
+
+class Company:
+    """Those who take part in the evaluation of one step's entries.
+
+    ``names``: who they are. They know nothing of a batch that holds several LoRAs' rows, so beside them one LoRA after
+    the other is evaluated.
+    """
+
+    def __init__(self, model: Any, options: dict):
+        functions = list(functions_of(options.get("transformer_options", {})))
+        if WRAPPER in options:
+            functions.append(options[WRAPPER])
+        others = company((model, *model.modules()), (model.apply_model, scaled_dot_product_attention))
+        self.names = list(dict.fromkeys([*others, *map(name_of, functions)]))
+
+    def __bool__(self) -> bool:
+        return bool(self.names)
+
+    def __str__(self) -> str:
+        return named(self.names)
+
+
+class Watched(dict):
+    """A patcher's store of LoRAs that tells who goes through it beside the host: to change, in the middle of sampling,
+    LoRAs that are not there."""
+
+    def __init__(self, store: Mapping, tell: Callable[[str], Any]):
+        super().__init__(store)
+        self.tell = tell
+
+    def items(self):
+        who = owner_of_file(sys._getframe(1).f_code.co_filename)
+        if who is not None:
+            self.tell(who)
+        return super().items()
+
+
+@contextmanager
+def alone(model: Any, ours: Callable[[], bool], refuse: Callable[[str], Exception]) -> Iterator[None]:
+    """While entered, the model answers only while ``ours()`` is true; ``refuse`` is told who else has called it."""
+
+    def look(_module: nn.Module, _args: tuple) -> None:
+        if not ours():
+            raise refuse(caller())
+
+    handle = model.diffusion_model.register_forward_pre_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def caller() -> str:
+    """The nearest caller that is an extension, built in or not."""
+    found = neighbour_at_work()
+    frame = sys._getframe(1)
+    built_in = [each for each in extensions.extensions if each.is_builtin]
+    while frame is not None and found == "another extension":
+        file = os.path.realpath(frame.f_code.co_filename)
+        found = next((each.name for each in built_in if below(file, each.path)), found)
+        frame = frame.f_back
+    return found
