@@ -105,6 +105,10 @@ def dynamic_thresholding(mimic: float, percentile: float = 99.0) -> dict:
     return {"dynamic thresholding (cfg scale fix)": {"args": [True, mimic, percentile]}}
 
 
+def option(name: str, value: Any) -> dict:
+    return {"override_settings": {name: value}}
+
+
 @dataclass(frozen=True)
 class Row:
     """A neighbour in one of its modes."""
@@ -348,10 +352,12 @@ BLOCK_WEIGHT = [
 ]
 
 ADETAILER = [
-    Row("adetailer", "one image", adetailer(), brute_force=False),
-    Row("adetailer", "a batch of 2", adetailer(), {"batch_size": 2}),
-    Row("adetailer", "two batches", adetailer(), {"n_iter": 2}),
+    # By default it runs few scripts when it paints anew, and not ours: two LoRAs are merged there.
+    Row("adetailer", "one image", adetailer(), two=""),
+    Row("adetailer", "a batch of 2", adetailer(), {"batch_size": 2}, two=""),
+    Row("adetailer", "two batches", adetailer(), {"n_iter": 2}, two=""),
     Row("adetailer", "a prompt of its own", adetailer(ad_prompt="a dog <lora:locon:0.8>"), two=""),
+    Row("adetailer", "with our script among those it runs", adetailer(), option("ad_script_names", "loratorio")),
 ]
 
 DYNAMIC_THRESHOLDING = [
@@ -368,10 +374,6 @@ DYNAMIC_THRESHOLDING = [
 
 IMAGE = {"image": picture(), "denoising_strength": 0.8}
 MASKED = IMAGE | {"mask": LEFT_HALF, "mask_blur": 4, "inpainting_fill": 1}
-
-
-def option(name: str, value: Any) -> dict:
-    return {"override_settings": {name: value}}
 
 
 BUILT_IN = [
