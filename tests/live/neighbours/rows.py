@@ -105,8 +105,8 @@ def dynamic_thresholding(mimic: float, percentile: float = 99.0) -> dict:
     return {"dynamic thresholding (cfg scale fix)": {"args": [True, mimic, percentile]}}
 
 
-def option(name: str, value: Any) -> dict:
-    return {"override_settings": {name: value}}
+def host_options(**values) -> dict:
+    return {"override_settings": values}
 
 
 @dataclass(frozen=True)
@@ -357,12 +357,11 @@ ADETAILER = [
     Row("adetailer", "a batch of 2", adetailer(), {"batch_size": 2}, two=""),
     Row("adetailer", "two batches", adetailer(), {"n_iter": 2}, two=""),
     Row("adetailer", "a prompt of its own", adetailer(ad_prompt="a dog <lora:locon:0.8>"), two=""),
-    Row("adetailer", "with our script among those it runs", adetailer(), option("ad_script_names", "loratorio")),
+    Row("adetailer", "with our script among those it runs", adetailer(), host_options(ad_script_names="loratorio")),
 ]
 
 DYNAMIC_THRESHOLDING = [
     Row("dynamic-thresholding", "mimic scale 4", dynamic_thresholding(4.0), brute_force=True),
-    Row("dynamic-thresholding", "UniPC", dynamic_thresholding(4.0), {"sampler_name": "UniPC"}),
     Row(
         "dynamic-thresholding",
         "DPM++ 2M, batch of 2",
@@ -387,14 +386,14 @@ BUILT_IN = [
     Row(
         "built in",
         "hypertile",
-        payload=LARGE | option("hypertile_enable_unet", True),
-        unlike=option("hypertile_enable_unet", False),
+        payload=LARGE | host_options(hypertile_enable_unet=True, hypertile_max_tile_unet=64),
+        unlike=host_options(hypertile_enable_unet=False),
     ),
     Row(
         "built in",
         "token merging",
-        payload=LARGE | option("token_merging_ratio", 0.5),
-        unlike=option("token_merging_ratio", 0.0),
+        payload=LARGE | host_options(token_merging_ratio=0.5),
+        unlike=host_options(token_merging_ratio=0.0),
     ),
     Row(
         "built in",
