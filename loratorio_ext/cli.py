@@ -292,7 +292,8 @@ def paint(request: Request, device: str | None, dtype: str | None, offload: str,
         own = {"Seed": seed, PICKED_KEY: written_shares(shares[index]) if shares else None}
         to_write.append((image, file, infotext(prompt, request.negative, {**parameters, **own})))
         if settings.show_maps:
-            for kind, picture in zip(("shares", "maps"), pictures(record, index)):
+            smooth = settings.upsampling == "bilinear"
+            for kind, picture in pictures(record, index, image, smooth).items():
                 to_write.append((picture, file.with_name(f"{file.stem}-{kind}.png"), None))
     save(to_write)
     return {

@@ -9,33 +9,22 @@ told that the generation is over (hosts do not tell them after an error), and th
 reaches the user and the API.
 """
 
+import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
 from loratorio_ext.errors import LoRAtorioError, UnsupportedError
-from loratorio_ext.record import PICKED_KEY, STEPS_KEY, Record, StepData, written_shares
-from loratorio_ext.settings import INFOTEXT_PREFIX, OPTIONS, Settings
+from loratorio_ext.record import PICKED_KEY, STEPS_KEY, Record, StepData, reach, written_shares
+from loratorio_ext.settings import INFOTEXT_PREFIX, OPTIONS, VERSION_KEY, Settings
+from loratorio_ext.summary import step_line, summary
 
 ATTRIBUTE = "loratorio"
 """Where a generation lives on the host's processing object, and goes with it."""
 
 NOTE_KEY = f"{INFOTEXT_PREFIX} note"
-INFOTEXT_KEYS = [*(option.infotext_key for option in OPTIONS), NOTE_KEY, PICKED_KEY, STEPS_KEY]
-
-
-def add_pictures(processed: Any, records: Sequence[Record]) -> None:
-    """Put pictures of the weights behind the result's images, each with its own image's infotext."""
-    from loratorio_ext.heatmaps import pictures
-
-    number = getattr(processed, "index_of_first_image", 0)
-    for record in records:
-        for image in range(record.images):
-            for picture in pictures(record, image):
-                processed.images.append(picture)
-                processed.infotexts.append(processed.infotexts[min(number, len(processed.infotexts) - 1)])
-            number += 1
+INFOTEXT_KEYS = [*(option.infotext_key for option in OPTIONS), VERSION_KEY, NOTE_KEY, PICKED_KEY, STEPS_KEY]
 
 
 class Sampling(Protocol):
@@ -43,6 +32,8 @@ class Sampling(Protocol):
 
     steps: int
     """How many model calls of the pass went through here so far."""
+    tally: Any
+    """What its model calls cost (`isolation.Tally`), or None."""
 
     def close(self) -> None:
         """Leave the host as it was before the pass; harmless when called again."""
@@ -77,19 +68,30 @@ class Generation:
     def __init__(self, p: Any, host: Host):
         self.p = p
         self.host = host
+        self.log_steps = False
         self.settings = Settings()
         self.error: LoRAtorioError | None = None
         self.prepared: dict[Hashable, Any] = {}
         """What one sampling pass has prepared and the next one of the same generation may use again."""
         self.records: list[Record] = []
         """What was picked, a record for each batch of images."""
+        self.images: dict[tuple[int, int], Any] = {}
+        """The finished images by batch and place in it, where somebody wants to know who painted them."""
+        self.loras: dict[str, None] = {}
+        """Every LoRA that took part so far, in order."""
+        self.tallies: list[Any] = []
+        self.seconds = 0.0
+        """What model calls cost, and how long all sampling took."""
         self._sampling: Sampling | None = None
         self._second_pass = False
         self._over = False
 
     @classmethod
-    def begin(cls, p: Any, args: Sequence[Any], host: Host) -> None:
-        """Take up a generation from the values the host hands the script. Switched off, nothing at all is done."""
+    def begin(cls, p: Any, args: Sequence[Any], host: Host, log_steps: bool = False) -> None:
+        """Take up a generation from the values the host hands the script. Switched off, nothing at all is done.
+
+        ``log_steps``: tell each step's shares as it goes.
+        """
         cls.end(p)
         said = p.extra_generation_params
         if not said.keys().isdisjoint(
@@ -99,6 +101,7 @@ class Generation:
         if args and args[0] is False:
             return
         generation = cls(p, host)
+        generation.log_steps = log_steps
         try:
             generation.settings = Settings.from_args(args)
         except Exception as error:
@@ -107,18 +110,28 @@ class Generation:
             generation._replace(p.scripts, "process", generation._checked)
 
     @classmethod
-    def finish(cls, p: Any, processed: Any) -> None:
-        """The images are there: add what was picked to the host's answer, and take everything of ours off ``p``."""
+    def finish(cls, p: Any) -> "Generation | None":
+        """The images are there: add what was picked to the host's answer, take everything of ours off ``p``, and hand
+        back the generation."""
         generation = cls.of(p)
         cls.end(p)
         if generation is None:
-            return
+            return None
         generation.host.forget_conditionings(p)
-        if not any(record.steps for record in generation.records):
-            return
-        p.extra_generation_params[STEPS_KEY] = StepData.of(generation.records)
-        if generation.settings.show_maps:
-            add_pictures(processed, generation.records)
+        if any(record.steps for record in generation.records) and generation.tells_weights:
+            maps = generation.settings.show_maps
+            p.extra_generation_params[STEPS_KEY] = StepData.of(generation.records, maps=maps)
+        return generation
+
+    @property
+    def summary(self) -> str:
+        """The generation in one line."""
+        return summary(self.settings.method, self.loras, self.tallies, self.seconds)
+
+    def keep_image(self, image: Any) -> None:
+        """One of the batch's images is finished."""
+        if self.settings.show_maps:
+            self.images[len(self.records) - 1, self.p.batch_index] = image
 
     @staticmethod
     def of(p: Any) -> "Generation | None":
@@ -148,7 +161,7 @@ class Generation:
                 self.confirm()
             self.close()
             self._second_pass = second_pass
-            if self.records_weights and not second_pass:
+            if (self.tells_weights or self.log_steps) and not second_pass:
                 self.records.append(Record())
             self._sampling = self.host.open_sampling(self)
 
@@ -160,14 +173,26 @@ class Generation:
             self.p.extra_generation_params[NOTE_KEY] = f"{notes}; {text}" if notes else text
 
     @property
-    def records_weights(self) -> bool:
+    def tells_weights(self) -> bool:
         """Whether anyone wants to know who was picked."""
         return bool(self.settings.pool or self.settings.top_k or self.settings.show_maps)
 
     def record(self, loras: Sequence[str], weights: Any, image_of_row: Sequence[int]) -> None:
         """Keep a step's patch weights ``[N, R, h, w]`` (a tensor, or None where the method has none), if wanted."""
+        self.loras.update(dict.fromkeys(loras))
         if weights is not None and self.records:
-            self.records[-1].add(loras, weights.float().cpu().numpy(), image_of_row)
+            patches = reach(weights.shape[-2:], self.settings.patch_size, self.latent_size)
+            self.records[-1].add(loras, weights.float().cpu().numpy(), image_of_row, patches)
+            if self.log_steps:
+                steps = self.records[-1].steps
+                print(step_line(len(steps), loras, steps[-1].weights.mean(axis=(2, 3)).T))
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width of the pass at hand's latents, in all models that WebUIs sample so far."""
+        p = self.p
+        width, height = (p.hr_upscale_to_x, p.hr_upscale_to_y) if self._second_pass else (p.width, p.height)
+        return height // 8, width // 8
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What ``make()`` returns, made once in this generation for all that it depends on (``key``)."""
@@ -215,7 +240,9 @@ class Generation:
         sampling, self._sampling = self._sampling, None
         if sampling is not None:
             sampling.close()
-            if self.records and self.records[-1].steps:
+            if sampling.tally is not None and sampling.tally not in self.tallies:
+                self.tallies.append(sampling.tally)
+            if self.tells_weights and self.records and self.records[-1].steps:
                 # A list: the host takes each image's own entry.
                 self.p.extra_generation_params[PICKED_KEY] = [
                     written_shares(shares) for shares in self.records[-1].shares()
@@ -255,12 +282,14 @@ class Generation:
         """``p.sample``: whatever goes wrong meanwhile is raised here, with everything put back."""
         if self._over:  # another extension has wrapped it, and ``p`` is used once more
             return sample(*args, **kwargs)
+        start = time.perf_counter()
         try:
             try:
                 samples = sample(*args, **kwargs)
                 self.confirm()
             finally:
                 self.close()
+                self.seconds += time.perf_counter() - start
             if self.error is not None:
                 raise self.error
             return samples

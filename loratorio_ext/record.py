@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from loratorio_ext.settings import INFOTEXT_PREFIX
 
@@ -13,12 +14,22 @@ PICKED_KEY = f"{INFOTEXT_PREFIX} picked"
 STEPS_KEY = f"{INFOTEXT_PREFIX} steps"
 
 
+def reach(patches: Sequence[int], patch_size: int, latent: Sequence[int]) -> tuple[float, float]:
+    """How far patches ``[h, w]`` reach over a latent of ``[H, W]`` pixels, as factors of its sides: 1 where the last
+    ones are whole. Patches of another latent (a model with another scale) are taken to end with it."""
+    factors = [count * patch_size / side for count, side in zip(patches, latent)]
+    ends = all((count - 1) * patch_size < side for count, side in zip(patches, latent))
+    return tuple(factors) if ends and min(factors) >= 1 else (1.0, 1.0)
+
+
 @dataclass(frozen=True)
 class StepWeights:
-    """One model call: patch weights ``[N, B, h, w]`` of N LoRAs in B images, an image's as the mean of its rows'."""
+    """One model call: patch weights ``[N, B, h, w]`` of N LoRAs in B images, an image's as the mean of its rows'.
+    ``reach``: how far the patches reach over the image, as factors of its height and width (see `reach`)."""
 
     loras: tuple[str, ...]
     weights: np.ndarray
+    reach: tuple[float, float] = (1.0, 1.0)
 
 
 class Record:
@@ -27,11 +38,17 @@ class Record:
     def __init__(self):
         self.steps: list[StepWeights] = []
 
-    def add(self, loras: Sequence[str], weights: np.ndarray, image_of_row: Sequence[int]) -> None:
+    def add(
+        self,
+        loras: Sequence[str],
+        weights: np.ndarray,
+        image_of_row: Sequence[int],
+        reach: tuple[float, float] = (1.0, 1.0),
+    ) -> None:
         """One step's patch weights ``[N, R, h, w]``, a row of which belongs to an image."""
         rows = np.asarray(image_of_row)
         of_images = np.stack([weights[:, rows == image].mean(axis=1) for image in range(rows.max() + 1)], axis=1)
-        self.steps.append(StepWeights(tuple(loras), of_images.astype(np.float32)))
+        self.steps.append(StepWeights(tuple(loras), of_images.astype(np.float32), reach))
 
     @property
     def loras(self) -> list[str]:
@@ -50,6 +67,24 @@ class Record:
             for name, share in zip(step.loras, step.weights[:, image].mean(axis=(1, 2))):
                 row[place[name]] = share
         return table
+
+    def mean_maps(self, image: int, size: tuple[int, int] | None = None, smooth: bool = False) -> np.ndarray:
+        """``[N, H, W]``: the weights of each of `loras` over an image of ``size``, width and height, as the mean over
+        the steps; without a size, in as many patches as the last step has."""
+        width, height = size or self.steps[-1].weights.shape[:1:-1]
+        place = {name: index for index, name in enumerate(self.loras)}
+        summed = np.zeros((len(place), height, width), np.float32)
+        # Patches of one kind of step are added up before they are spread over the pixels.
+        kinds: dict[tuple, list[StepWeights]] = {}
+        for step in self.steps:
+            kinds.setdefault((step.loras, step.weights.shape, step.reach), []).append(step)
+        for (loras, shape, reach), steps in kinds.items():
+            total = np.sum([step.weights[:, image] for step in steps], axis=0)
+            box = (0, 0, shape[3] / (1 if size is None else reach[1]), shape[2] / (1 if size is None else reach[0]))
+            how = Image.BILINEAR if smooth else Image.NEAREST if size else Image.BOX
+            for name, patches in zip(loras, total):
+                summed[place[name]] += np.asarray(Image.fromarray(patches).resize((width, height), how, box))
+        return summed / len(self.steps)
 
     def shares(self) -> list[dict[str, float]]:
         """For each image, each LoRA's mean share over the steps."""
@@ -79,7 +114,9 @@ def read_shares(text: str) -> dict[str, float]:
 
 
 class StepData(dict):
-    """``{"loras": [name, ...], "shares": [image][step][lora]}``: data of the host's answer, and no text.
+    """Data of the host's answer, and no text: ``{"loras": [name, ...], "shares": [image][step][lora]}``; with maps,
+    also ``"base": [image][step]``, the base model's shares, and ``"maps": [image][lora][row][column]``, weights by
+    patch as the mean over the steps.
 
     Hosts write their parameters into infotexts, where what can be called stands for what it returns, and None for
     nothing.
@@ -89,12 +126,19 @@ class StepData(dict):
         return None
 
     @classmethod
-    def of(cls, records: Sequence[Record]) -> "StepData":
+    def of(cls, records: Sequence[Record], maps: bool = False) -> "StepData":
         loras = list(dict.fromkeys(name for record in records for name in record.loras))
-        images = []
+        found = cls(loras=loras, shares=[], **({"base": [], "maps": []} if maps else {}))
         for record in records:
             columns = [record.loras.index(name) if name in record.loras else None for name in loras]
             for image in range(record.images):
                 table = record.share_table(image)
-                images.append([[0.0 if at is None else round(float(row[at]), 4) for at in columns] for row in table])
-        return cls(loras=loras, shares=images)
+                rows = [[0.0 if at is None else round(float(row[at]), 4) for at in columns] for row in table]
+                found["shares"].append(rows)
+                if maps:
+                    found["base"].append([round(max(0.0, 1 - float(row.sum())), 4) for row in table])
+                    of_loras = record.mean_maps(image)
+                    nothing = np.zeros_like(of_loras[0])
+                    by_lora = [nothing if at is None else of_loras[at] for at in columns]
+                    found["maps"].append([[[round(float(v), 3) for v in row] for row in each] for each in by_lora])
+        return found

@@ -11,10 +11,13 @@ from dataclasses import dataclass, field, make_dataclass, replace
 from functools import partial
 from typing import Any
 
+from loratorio_ext import __version__
 from loratorio_ext.errors import SettingsError, nearest_name, shown
 from loratorio_ext.parts import check_parts
 
 INFOTEXT_PREFIX = "LoRAtorio"
+VERSION_KEY = f"{INFOTEXT_PREFIX} version"
+"""The version that wrote an infotext. In one that has it, an option without an entry had no effect."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,8 @@ class Option:
     """One option: what it may be, what it is without being set, and how to explain it.
 
     ``low`` and ``high`` are inclusive; ``choices`` are the allowed names of a text option; ``methods`` are the
-    methods that use it (empty: all), others ignore it and the UI hides it.
+    methods that use it (empty: all), others ignore it and the UI hides it. ``idle``: the value with which it does
+    nothing, if there is one; ``needs``: the option while which is idle this one has no effect.
     """
 
     name: str
@@ -35,6 +39,8 @@ class Option:
     step: float | None = None
     choices: tuple[str, ...] = ()
     methods: tuple[str, ...] = ()
+    idle: Any = None
+    needs: str = ""
 
     @property
     def kind(self) -> type:
@@ -58,6 +64,12 @@ class Option:
             return "one of " + ", ".join(self.choices)
         noun = "a whole number" if self.kind is int else "a number"
         return f"{noun} from {self.low:g} to {self.high:g}"
+
+    @property
+    def hint(self) -> str:
+        """The help's first sentence, for where there is little room."""
+        sentence, stop, _ = self.help.partition(". ")
+        return f"{sentence}." if stop else sentence
 
     def used_by(self, method: str) -> bool:
         return not self.methods or method in self.methods
@@ -100,9 +112,42 @@ class Option:
         except ValueError as error:
             raise self.refused(text) from error
 
+    @property
+    def unsaid(self) -> Any:
+        """What a versioned infotext without an entry means."""
+        return self.default if self.idle is None else self.idle
+
     def read(self, params: Mapping[str, str]) -> Any:
-        """The value that an image's generation parameters hold, or the default where they do not name the option."""
-        return self.parse(params[self.infotext_key]) if self.infotext_key in params else self.default
+        """The value that an image was made with, by its generation parameters; the default for images without us."""
+        if self.infotext_key in params:
+            return self.parse(params[self.infotext_key])
+        if VERSION_KEY in params:
+            return self.unsaid
+        if not any(key.startswith(f"{INFOTEXT_PREFIX} ") for key in params):
+            return self.default
+        newer = any(f"{INFOTEXT_PREFIX} {name}" in params for name in SINCE_NEWER_DEFAULTS)
+        return {**BEFORE_VERSIONS, **(NEWER_DEFAULTS if newer else {})}.get(self.name, self.unsaid)
+
+
+BEFORE_VERSIONS: dict[str, Any] = {
+    "method": "loratorio",
+    "patch_size": 4,
+    "temperature_mode": "adaptive",
+    "temperature": 0.3,
+    "relativity": 0.5,
+    "upsampling": "nearest",
+    "base_share": 0.5,
+    "selection_scope": "image",
+    "switch_every": 5,
+    "warmup": 1,
+    "pool_weight": 1.0,
+}
+"""What an infotext without a version means by an option that it does not name: the first defaults. Such texts hold only
+what differed from the defaults of their day, and do not change their meaning when the table changes."""
+
+NEWER_DEFAULTS: dict[str, Any] = {"relativity": 1.0, "warmup": 2}
+SINCE_NEWER_DEFAULTS = ("loras", "everywhere")
+"""Two defaults changed while texts had no version; one that names an option younger than that was written later."""
 
 
 def is_line(value: Any) -> bool:
@@ -200,6 +245,7 @@ OPTIONS = (
         "LoRAtorio",
         "Compose the prompt's LoRAs instead of summing their weights.",
         group="",
+        idle=False,
     ),
     Option(
         "method",
@@ -207,7 +253,7 @@ OPTIONS = (
         "Method",
         "How LoRAs share the image. loratorio: each where it knows most. composite: the mean of all. switch: one after "
         "the other. merge: the WebUI's own sum, to compare with.",
-        group="",
+        group="Method",
         choices=("loratorio", "composite", "switch", "merge"),
     ),
     Option(
@@ -282,27 +328,29 @@ OPTIONS = (
         0,
         "Keep the k most divergent",
         "Of many LoRAs only this many take part at each step, the ones that diverge most. 0: all.",
-        group="Selection",
+        group="Pool and selection",
         low=0,
         high=64,
         step=1,
         methods=LORATORIO,
+        idle=0,
     ),
     Option(
         "selection_scope",
         "image",
         "Select per",
         "Choose the k LoRAs once for the image, or in every patch by itself.",
-        group="Selection",
+        group="Pool and selection",
         choices=("image", "patch"),
         methods=LORATORIO,
+        needs="top_k",
     ),
     Option(
         "switch_every",
         5,
         "Steps per LoRA",
         "How many steps a LoRA works before the next one takes over.",
-        group="Switch",
+        group="Method",
         low=1,
         high=1000,
         step=1,
@@ -314,11 +362,12 @@ OPTIONS = (
         "Start",
         "Fraction of the steps after which composition starts; before it the LoRAs act merged. Raise it when the "
         "layout should come from the merged model.",
-        group="Window",
+        group="Steps",
         low=0.0,
         high=1.0,
         step=0.05,
         methods=COMPOSING,
+        idle=0.0,
     ),
     Option(
         "end",
@@ -326,11 +375,12 @@ OPTIONS = (
         "End",
         "Fraction of the steps after which composition ends and the LoRAs act merged again. Lower it to save time in "
         "the late steps that only touch detail.",
-        group="Window",
+        group="Steps",
         low=0.0,
         high=1.0,
         step=0.05,
         methods=COMPOSING,
+        idle=1.0,
     ),
     Option(
         "refresh",
@@ -343,6 +393,7 @@ OPTIONS = (
         high=64,
         step=1,
         methods=LORATORIO,
+        idle=0,
     ),
     Option(
         "warmup",
@@ -355,6 +406,7 @@ OPTIONS = (
         high=1000,
         step=1,
         methods=LORATORIO,
+        needs="refresh",
     ),
     Lines(
         "pool",
@@ -362,19 +414,21 @@ OPTIONS = (
         "Pool",
         "More LoRAs that may take part, beside the prompt's: names, patterns (robot*) or folders (styles/*), each with "
         "a weight after a colon if it has one of its own (robot:0.8). Weight 0 leaves a LoRA out.",
-        group="Selection",
+        group="Pool and selection",
         methods=COMPOSING,
+        idle=(),
     ),
     Option(
         "pool_weight",
         1.0,
         "Weight in the pool",
         "The weight of every LoRA of the pool that has none of its own.",
-        group="Selection",
+        group="Pool and selection",
         low=-2.0,
         high=2.0,
         step=0.05,
         methods=COMPOSING,
+        needs="pool",
     ),
     Option(
         "reselect_every",
@@ -382,19 +436,21 @@ OPTIONS = (
         "Select every n-th step",
         "1: every LoRA is evaluated in every step (exact). More: only in every n-th step; in the steps between, only "
         "the LoRAs that were kept there. It has no effect while LoRAs are refreshed in turn.",
-        group="Selection",
+        group="Pool and selection",
         low=1,
         high=1000,
         step=1,
         methods=LORATORIO,
+        idle=1,
     ),
     Option(
         "show_maps",
         False,
-        "Show weights as pictures",
-        "Adds two pictures to the result: every LoRA's share over the steps, and where in the image it acts.",
-        group="Selection",
+        "Show who painted what",
+        "Adds pictures to each image: the LoRAs' weights on it in colours, a map of each, their shares over the steps.",
+        group="",
         methods=LORATORIO,
+        idle=False,
     ),
     Claims(
         "loras",
@@ -403,8 +459,9 @@ OPTIONS = (
         "For LoRAs by name, what tags can say as well: at (left, right, top, bottom, centre, or x0-y0-x1-y1 in "
         "fractions), share (a factor on its claim), steps (first-last in fractions), base (in every pass); and mask, a "
         "picture in base64, white where it may act.",
-        group="Places",
+        group="Where, when, how much",
         methods=COMPOSING,
+        idle=Frozen(),
     ),
     Lines(
         "everywhere",
@@ -412,8 +469,9 @@ OPTIONS = (
         "Everywhere",
         "LoRAs of the prompt or the pool that are no concept but a way of sampling (LCM, Lightning, sliders): names, "
         "patterns or folders. They act in every pass, the bare model's too, and compete for nothing.",
-        group="Everywhere",
+        group="In every pass",
         methods=COMPOSING,
+        idle=(),
     ),
 )
 
@@ -500,12 +558,20 @@ class _Settings:
         """Whether composition acts when the share ``progress`` of the steps is done: from ``start`` up to ``end``."""
         return self.start <= progress and (progress < self.end or self.end == 1)
 
+    def matters(self, option: Option) -> bool:
+        """Whether an option's value has an effect: the method uses it, and neither it nor what it needs is idle."""
+        value, needs = getattr(self, option.name), OPTION.get(option.needs)
+        idle = option.idle is not None and value == option.idle
+        return option.used_by(self.method) and not idle and (needs is None or self.matters(needs))
+
     def to_infotext(self) -> dict[str, str]:
-        """Generation parameters that `from_infotext` reads back: what differs from the defaults, nothing when off."""
+        """Generation parameters that `from_infotext` reads back, today and after defaults have changed: the version,
+        what has an effect, and what else was set. Nothing when off."""
         if not self.enabled:
             return {}
         values = {option: getattr(self, option.name) for option in OPTIONS}
-        return {option.infotext_key: option.write(value) for option, value in values.items() if value != option.default}
+        said = {option: value for option, value in values.items() if self.matters(option) or value != option.unsaid}
+        return {option.infotext_key: option.write(value) for option, value in said.items()} | {VERSION_KEY: __version__}
 
 
 Settings = make_dataclass(

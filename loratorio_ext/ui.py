@@ -1,19 +1,34 @@
-"""The accordion, made from the table of options."""
+"""The accordion, made from the table of options: first what is composed and what it costs, the rest behind Advanced."""
 
 import html
+import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 import gradio as gr
+from modules import sd_models
 from modules.ui_common import create_refresh_button
 from modules.ui_components import InputAccordion
 
 from loratorio_ext.errors import LoRAtorioError
 from loratorio_ext.hosts.webui import list_anew, listed_loras
-from loratorio_ext.pool import folders, resolve
+from loratorio_ext.pool import Listed, folders, resolve
+from loratorio_ext.preview import (
+    BY_PRESETS,
+    CUSTOM,
+    Seen,
+    cost_in_words,
+    family_of,
+    preset_in_words,
+    preset_of,
+    preset_values,
+    seen,
+)
 from loratorio_ext.sampling_loras import sampling_loras
-from loratorio_ext.settings import OPTION, OPTIONS, PRESETS, UNTOUCHED_BY_PRESETS, Claims, Lines, Option, Settings
+from loratorio_ext.settings import OPTION, OPTIONS, PRESETS, Claims, Lines, Option, Settings
 from loratorio_ext.triggers import trigger_words
 
 
@@ -66,7 +81,7 @@ def several_of(choices: list[str], **common: Any) -> gr.components.Component:
 
 def component(option: Option, elem_id: str) -> gr.components.Component:
     """The input for one option."""
-    common = {"label": option.label, "value": option.default, "info": option.help, "elem_id": elem_id}
+    common = {"label": option.label, "value": option.default, "info": option.hint, "elem_id": elem_id}
     if isinstance(option, Lines):
         return several_of(MENUS[option.name].choices(), **{**common, "value": list(option.default)})
     if isinstance(option, Claims):
@@ -129,10 +144,100 @@ def pasted(option: Option) -> Callable[[Mapping[str, str]], Any]:
     return text
 
 
-def build_ui(tab: str) -> tuple[list, list]:
+# --- the first screen -------------------------------------------------------------------------------------------------
+
+MOST_SHOWN = 12
+"""So many LoRAs are shown by name."""
+PICTURES = [middle + ending for ending in (".png", ".jpg", ".jpeg", ".webp", ".gif") for middle in ("", ".preview")]
+"""How the host's pictures of a LoRA end."""
+
+
+def loaded_family() -> str | None:
+    """The family of the model that is loaded now; nothing is loaded to find out."""
+    model = getattr(sd_models.model_data, "sd_model", None)
+    flags = {"is_sdxl": "SDXL", "is_sd2": "SD 2", "is_sd1": "SD 1"}
+    return next((family for flag, family in flags.items() if getattr(model, flag, False)), None)
+
+
+def thumbnail(lora: Listed) -> str:
+    """The host's own picture of a LoRA, as HTML; nothing where it has none."""
+    stem = os.path.splitext(lora.file)[0]
+    found = next((stem + ending for ending in PICTURES if os.path.isfile(stem + ending)), None)
+    if found is None:
+        return ""
+    address = f"./sd_extra_networks/thumb?filename={quote(found.replace(os.sep, '/'))}&mtime={os.path.getmtime(found)}"
+    return f'<img src="{html.escape(address)}" alt="">'
+
+
+def remarks(lora: Seen, family: str | None) -> list[str]:
+    """What is to be said of a LoRA beside its name and weight, as HTML."""
+    if lora.lora is None:
+        return ['<b class="loratorio-bad">not found</b>']
+    made_for, claim, said = family_of(lora.lora.metadata), lora.claim, []
+    if made_for and family and made_for != family:
+        said.append(f'<b class="loratorio-bad">made for {made_for}, not {family}</b>')
+    said += ["from the pool"] if lora.pooled else []
+    said += ["in every pass"] if claim.base else []
+    said += ["in its place"] if claim.placed else []
+    said += [f"share {claim.share:g}"] if claim.share != 1 else []
+    said += ["in some steps"] if claim.steps != (0.0, 1.0) else []
+    return said
+
+
+def loras_as_html(loras: Sequence[Seen], family: str | None) -> str:
+    items = []
+    for lora in loras[:MOST_SHOWN]:
+        picture = thumbnail(lora.lora) if lora.lora else ""
+        said = ", ".join([html.escape(lora.weights), *remarks(lora, family)])
+        items.append(f"<li>{picture}<b>{html.escape(lora.name)}</b> {said}</li>")
+    more = len(loras) - len(items)
+    items += [f"<li>and {more} more</li>"] if more > 0 else []
+    return f"<ul>{''.join(items)}</ul>" if items else ""
+
+
+def look(prompt: str, preset: str, *args: Any) -> list:
+    """The preset that the values make, what it sets, and what will be composed at which cost or refused with which
+    words, as HTML."""
+    try:
+        settings = Settings.from_args(args)
+    except LoRAtorioError as error:
+        return [gr.update(value=CUSTOM), "", f'<p class="loratorio-bad">{html.escape(error.detail)}</p>']
+    preset = preset_of(settings, preset)
+    try:
+        loras = seen(prompt, settings, listed_loras())
+        below = loras_as_html(loras, loaded_family()) + f"<p>{html.escape(cost_in_words(settings, loras))}</p>"
+    except LoRAtorioError as error:
+        below = f'<p class="loratorio-bad">{html.escape(error.detail)}</p>'
+    return [gr.update(value=preset), f"<p>{html.escape(preset_in_words(settings))}</p>", below]
+
+
+# --- all of it --------------------------------------------------------------------------------------------------------
+
+
+def helps(prefix: str) -> str:
+    """Every option's whole help by its input's id, for the browser to show on hover."""
+    texts = {f"{prefix}_{option.name}": option.help for option in OPTIONS[1:]}
+    return f'<div class="loratorio-helps" hidden data-helps="{html.escape(json.dumps(texts))}"></div>'
+
+
+def rows_of(options: Sequence[Option]) -> list[list[Option]]:
+    """Two options beside each other; a list of LoRAs or a text needs the width for itself."""
+
+    def is_wide(option: Option) -> bool:
+        return isinstance(option, (Lines, Claims)) or len(option.choices) > 2
+
+    rows: list[list[Option]] = []
+    for option in options:
+        alone = is_wide(option) or not rows or len(rows[-1]) == 2 or is_wide(rows[-1][0])
+        rows.append([option]) if alone else rows[-1].append(option)
+    return rows
+
+
+def build_ui(tab: str, prompt: Any = None) -> tuple[list, list]:
     """The components in the table's order, and the pairs of component and reader for the WebUI's infotext paste.
 
-    The tick box sits on the accordion's header; options that the chosen method ignores are hidden.
+    The tick box sits on the accordion's header; options that the chosen method ignores are hidden. ``prompt``: the
+    tab's own input, where there is a browser to see what is said of its LoRAs.
     """
     prefix = f"loratorio_{tab}"
     enabled = OPTION["enabled"]
@@ -143,41 +248,56 @@ def build_ui(tab: str) -> tuple[list, list]:
         groups.setdefault(option.group, []).append(option)
 
     with InputAccordion(enabled.default, label=enabled.label, elem_id=prefix) as by_name["enabled"]:
-        gr.HTML(f"<p>{enabled.help}</p>", elem_id=f"{prefix}_hint", elem_classes=["loratorio-hint"])
-        preset = gr.Dropdown(
-            choices=list(PRESETS),
-            value="default",
-            label="Preset",
-            info="Fills in the options below. paper: the method in its published form. balanced, fast: less time with "
-            "several LoRAs, for some detail.",
-            elem_id=f"{prefix}_preset",
-        )
-        for options in groups.values():
-            with gr.Group():
-                for option in options:
-                    elem_id, beside[option.name] = f"{prefix}_{option.name}", []
-                    if isinstance(option, Lines):
-                        by_name[option.name], beside[option.name] = menu_inputs(option, elem_id)
-                    else:
-                        by_name[option.name] = component(option, elem_id)
+        with gr.Row():
+            preset = gr.Dropdown(
+                choices=[*PRESETS, CUSTOM],
+                value="default",
+                label="Preset",
+                info="default: exact. balanced, fast: less time, for some detail. paper: as published.",
+                elem_id=f"{prefix}_preset",
+            )
+            for option in groups.pop(""):
+                by_name[option.name], beside[option.name] = component(option, f"{prefix}_{option.name}"), []
+        sets = gr.HTML("", elem_id=f"{prefix}_sets", elem_classes=["loratorio-says"])
+        loras = gr.HTML("", elem_id=f"{prefix}_loras", elem_classes=["loratorio-says", "loratorio-live"])
+        again = gr.Button("Look again", elem_id=f"{prefix}_look", elem_classes=["loratorio-hidden"])
+        with gr.Accordion("Advanced", open=False, elem_id=f"{prefix}_advanced"):
+            gr.HTML(helps(prefix))
+            for group, options in groups.items():
+                with gr.Group(elem_classes=["loratorio-group"]):
+                    gr.HTML(f"<h4>{html.escape(group)}</h4>", elem_classes=["loratorio-heading"])
+                    for row in rows_of(options):
+                        if isinstance(row[0], Lines):
+                            (option,) = row
+                            elem_id = f"{prefix}_{option.name}"
+                            by_name[option.name], beside[option.name] = menu_inputs(option, elem_id)
+                            continue
+                        with gr.Row():
+                            for option in row:
+                                by_name[option.name] = component(option, f"{prefix}_{option.name}")
+                                beside[option.name] = []
 
     method = by_name["method"]
     dependent = [option for option in OPTIONS if option.methods]
     shown = [(option, each) for option in dependent for each in (by_name[option.name], *beside[option.name])]
-    filled_in = [option for option in OPTIONS if option.name not in UNTOUCHED_BY_PRESETS]
 
     def show_used(chosen: str) -> list:
         return [gr.update(visible=option.used_by(chosen)) for option, _ in shown]
 
     def fill_in(name: str) -> list:
-        values = Settings.from_mapping({"preset": name})
-        return [gr.update(value=getattr(values, option.name)) for option in filled_in]
+        values = {} if name == CUSTOM else preset_values(name)
+        return [gr.update(value=values[option.name]) if values else gr.update() for option in BY_PRESETS]
 
     for option in dependent:
         by_name[option.name].visible = option.used_by(OPTION["method"].default)
     outputs = [each for _, each in shown]
     method.change(show_used, inputs=[method], outputs=outputs, show_progress=False)
-    preset.input(fill_in, inputs=[preset], outputs=[by_name[option.name] for option in filled_in], show_progress=False)
+    preset.input(fill_in, inputs=[preset], outputs=[by_name[option.name] for option in BY_PRESETS], show_progress=False)
+    components = [by_name[option.name] for option in OPTIONS]
+    if prompt is not None:
+        again.click(
+            look, inputs=[prompt, preset, *components], outputs=[preset, sets, loras], show_progress=False, queue=False
+        )
 
     infotext_fields = [(by_name[option.name], pasted(option)) for option in OPTIONS]
-    return [by_name[option.name] for option in OPTIONS], infotext_fields
+    return components, infotext_fields

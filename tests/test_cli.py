@@ -134,7 +134,11 @@ class TestGenerate:
         assert Settings.from_infotext(values).pool == ("hat:0.5:0.8", "deep/*")
         shares = read_shares(values["LoRAtorio picked"])
         assert set(shares) <= {"hat", "cat"} and sum(shares.values()) == pytest.approx(1, abs=2e-3)
-        assert {file.name for file in folder.glob("pool-*.png")} == {"pool-shares.png", "pool-maps.png"}
+        assert {file.name for file in folder.glob("pool-*.png")} == {
+            "pool-painted.png",
+            "pool-shares.png",
+            "pool-maps.png",
+        }
 
     def test_a_lora_in_prompt_and_pool_takes_part_once(self, folder):
         dir_ = folder / "loras"

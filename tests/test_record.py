@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from loratorio_ext.heatmaps import COLUMNS, colours, pictures, share_chart, weight_maps
+from loratorio_ext.heatmaps import BASE, BASE_NAME, COLOURS, fewer, parts_of, pictures
 from loratorio_ext.infotext import quote
-from loratorio_ext.record import Record, StepData, read_shares, written_shares
+from loratorio_ext.record import Record, StepData, reach, read_shares, written_shares
 
 NAME = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12)
 
@@ -42,7 +42,7 @@ class TestRecord:
         np.testing.assert_allclose(table.sum(axis=1), 1, rtol=1e-5)
 
     def test_nothing_recorded(self):
-        assert Record().shares() == [] and Record().images == 0 and pictures(Record(), 0) == []
+        assert Record().shares() == [] and Record().images == 0
 
     def test_what_is_kept_does_not_change_with_what_was_given(self):
         record, given_ = Record(), weights(2, 1)
@@ -92,49 +92,170 @@ class TestText:
             read_shares(text)
 
 
+def halves(name="left", other="right", size=(4, 4)):
+    """A record of one image whose left half is one LoRA's and whose right half another's."""
+    record, left = Record(), np.zeros((2, 1, *size), np.float32)
+    left[0, ..., : size[1] // 2] = left[1, ..., size[1] // 2 :] = 1
+    record.add([name, other], left, (0,))
+    return record
+
+
+def flat(width=512, height=512, lightness=128):
+    return Image.new("RGB", (width, height), (lightness,) * 3)
+
+
+def hue(picture, colour):
+    """Where a picture has a colour's hue, ``[H, W]``."""
+    pixels = np.asarray(picture, float)
+    pixels, wanted = pixels - pixels.mean(axis=2, keepdims=True), np.array(colour, float) - np.mean(colour)
+    length = np.linalg.norm(pixels, axis=2)
+    return (pixels @ wanted / np.linalg.norm(wanted) > 0.95 * length) & (length > 10)
+
+
+class TestReach:
+    @given(st.integers(1, 80), st.integers(1, 80), st.integers(1, 64))
+    def test_patches_reach_over_the_edge_by_what_the_last_one_lacks(self, height, width, p):
+        grid = -(-height // p), -(-width // p)
+        reached = reach(grid, p, (height, width))
+        assert reached == pytest.approx((grid[0] * p / height, grid[1] * p / width))
+
+    def test_of_another_latent_nothing_is_known(self):
+        assert reach((4, 4), 4, (64, 64)) == reach((64, 64), 4, (16, 16)) == (1.0, 1.0)
+
+    def test_a_partial_patch_is_drawn_as_large_as_it_is(self):
+        """A latent of 6 pixels a side has a whole patch of 4 and half a one."""
+        record, weights_ = Record(), np.zeros((1, 1, 2, 2), np.float32)
+        weights_[..., 0, 0] = 1
+        record.add(["a"], weights_, (0,), reach((2, 2), 4, (6, 6)))
+        (drawn,) = record.mean_maps(0, (48, 48))
+        assert drawn[:32, :32].min() == 1 and drawn[33:].max() == drawn[:, 33:].max() == 0
+
+
+class TestMaps:
+    def test_they_are_means_over_the_steps_and_nobody_is_nothing(self):
+        record = Record()
+        for loras in (["a", "b"], ["b", "c"]):
+            record.add(loras, np.array([0.75, 0.25], np.float32).reshape(2, 1, 1, 1), (0,))
+        np.testing.assert_allclose(record.mean_maps(0, (3, 2))[:, 0, 0], [0.375, 0.5, 0.125])
+        assert record.mean_maps(0).shape == (3, 1, 1)
+
+    def test_passes_of_two_sizes_are_laid_over_each_other(self):
+        record = Record()
+        for size in ((4, 4), (8, 8)):
+            record.add(["left", "right"], halves(size=size).steps[0].weights, (0,))
+        maps = record.mean_maps(0, (64, 64))
+        assert maps[0, :, :32].min() == maps[1, :, 32:].min() == 1
+        np.testing.assert_allclose(record.mean_maps(0)[0], np.repeat([[1, 0]], 8, 0).repeat(4, 1), atol=1e-6)
+
+    def test_as_data_with_the_base_models_part(self):
+        record = halves()
+        record.add(["left", "right"], np.full((2, 1, 4, 4), 0.25, np.float32), (0,))
+        data = json.loads(json.dumps(StepData.of([record], maps=True)))
+        assert data["base"] == [[0.0, 0.5]]
+        maps = np.array(data["maps"])
+        assert maps.shape == (1, 2, 4, 4)
+        np.testing.assert_allclose(maps[0, 0, 0], [0.625, 0.625, 0.125, 0.125])
+
+    def test_of_batches_with_other_loras(self):
+        data = StepData.of([halves("a", "b"), halves("b", "c")], maps=True)
+        maps = np.array(data["maps"])
+        assert data["loras"] == ["a", "b", "c"] and maps.shape == (2, 3, 4, 4)
+        assert maps[0, 2].max() == maps[1, 0].max() == 0 and maps[1, 1, 0, 0] == maps[0, 0, 0, 0] == 1
+
+
 class TestPictures:
-    def test_brighter_means_more(self):
-        ramp = colours(np.linspace(-0.5, 1.5, 50)).astype(int)
-        lightness = ramp @ [299, 587, 114]
-        assert (np.diff(lightness) >= 0).all() and lightness[-1] > lightness[0]
-        assert colours(np.array(1.0)).tolist() == [255, 250, 200]
+    @pytest.mark.parametrize("size", [(512, 512), (768, 320), (1024, 1024)])
+    def test_they_have_the_images_size(self, size):
+        found = pictures(halves(), 0, flat(*size))
+        assert list(found) == ["painted", "maps", "shares"]
+        assert found["painted"].size == found["shares"].size == size
+        assert found["maps"].width == size[0] and found["maps"].height in range(size[1] // 3, size[1] + 2)
 
-    def test_a_column_a_step_and_a_row_a_lora(self):
-        table = np.zeros((6, 2), np.float32)
-        table[:3, 0] = table[3:, 1] = 1
-        chart = np.asarray(share_chart(["first", "second"], table)).astype(int).sum(axis=2)
-        bright = chart > 650
-        left, right = bright[:, 150 : 150 + 72], bright[:, 150 + 72 : 150 + 144]
-        upper, lower = slice(34, 54), slice(56, 76)
-        assert left[upper].mean() > 0.9 and right[lower].mean() > 0.9
-        assert left[lower].mean() < 0.1 and right[upper].mean() < 0.1
+    def test_a_small_image_is_shown_in_whole_multiples(self):
+        assert {picture.width for picture in pictures(halves(), 0, flat(64, 96)).values()} == {256}
 
-    @pytest.mark.parametrize("steps", [1, 3, 50])
+    def test_each_lora_has_its_colour_where_it_acts(self):
+        found = pictures(halves(), 0, flat())
+        painted = found["painted"].crop((0, 0, 512, 400))
+        left, right = hue(painted, COLOURS[0]), hue(painted, COLOURS[1])
+        assert left[:, :256].all() and not left[:, 256:].any()
+        assert right[:, 256:].all() and not right[:, :256].any()
+        panels = found["maps"]
+        first, second = panels.crop((10, 100, 118, 250)), panels.crop((138, 100, 250, 250))
+        assert hue(first, COLOURS[0]).all() and not hue(second, COLOURS[0]).any()
+        assert hue(panels.crop((390, 100, 500, 250)), COLOURS[1]).all()
+
+    def test_the_image_stays_visible(self):
+        image = flat()
+        image.paste((255, 255, 255), (100, 100, 160, 160))
+        painted = np.asarray(pictures(halves(), 0, image)["painted"].convert("L"), int)
+        assert painted[130, 130] > painted[50, 50] + 40
+
+    def test_what_is_left_of_one_is_the_base_models(self):
+        record = Record()
+        record.add(["left"], halves().steps[0].weights[:1], (0,))
+        parts = parts_of(record, 0, (64, 64))
+        assert [part.name for part in parts] == ["left", BASE_NAME] and parts[1].colour == BASE
+        assert [part.label for part in parts] == ["50% left", "50% base model"]
+        assert parts[1].map[:, :32].max() == 0 and parts[1].map[:, 32:].min() == 1
+        painted = np.asarray(pictures(record, 0, flat())["painted"])
+        assert (painted[:300, 300:] == 128).all(), "the image, in grey"
+        assert [part.name for part in parts_of(halves(), 0, (8, 8))] == ["left", "right"]
+
+    def test_of_many_loras_those_with_most_have_colours(self):
+        record, count = Record(), 12
+        drawn = np.arange(1, count + 1, dtype=np.float32).reshape(-1, 1, 1, 1) / sum(range(1, count + 1))
+        record.add([f"n{i}" for i in range(count)], drawn, (0,))
+        parts = parts_of(record, 0, (32, 32))
+        few = fewer(parts)
+        assert [part.name for part in few] == ["n11", "n10", "n9", "n8", "n7", "n6", "6 others"]
+        assert len({part.colour for part in few}) == 7
+        assert sum(part.share for part in few) == pytest.approx(1)
+        assert len(parts) == count, "each has a map still"
+
+    def test_a_step_stands_over_its_place_and_shares_add_up(self):
+        record = Record()
+        for step in range(4):
+            first = np.float32(step < 2)
+            record.add(["a", "b"], np.array([first, 1 - first]).reshape(2, 1, 1, 1), (0,))
+        chart = pictures(record, 0, flat())["shares"].crop((80, 20, 480, 380))
+        early, late = chart.crop((0, 0, 190, 360)), chart.crop((230, 0, 400, 360))
+        for picture, mine, other in ((early, 0, 1), (late, 1, 0)):
+            assert hue(picture, COLOURS[mine]).mean() > 0.9 and hue(picture, COLOURS[other]).mean() < 0.05
+
+    def test_only_the_region_that_was_painted(self):
+        painted = pictures(halves(), 0, flat(), region=(200, 40, 100, 80))["painted"]
+        touched = hue(painted, COLOURS[0]) | hue(painted, COLOURS[1])
+        assert touched[40:120, 200:300].all()
+        touched[40:120, 200:300] = False
+        assert not touched[:380].any()
+
+    def test_smooth_weights_have_no_edges(self):
+        steep = np.abs(np.diff(halves().mean_maps(0, (64, 64))[0], axis=1)).max()
+        soft = np.abs(np.diff(halves().mean_maps(0, (64, 64), smooth=True)[0], axis=1)).max()
+        assert steep == 1 and soft < 0.1
+
+    @pytest.mark.parametrize("steps", [1, 3, 150])
     @pytest.mark.parametrize("size", [(1, 1), (2, 9), (64, 48)])
-    def test_maps_of_any_grid_and_any_number_of_steps(self, steps, size):
+    def test_any_grid_and_any_number_of_steps(self, steps, size):
         record = Record()
         for step in range(steps):
             record.add(["a", "b", "c"], weights(3, 2, step, size), (0, 1))
-        chart, maps = pictures(record, 1)
-        assert chart.mode == maps.mode == "RGB"
-        assert maps.width == 150 + min(steps, COLUMNS) * 78 + 6
-
-    def test_a_map_shows_where(self):
-        record, left = Record(), np.zeros((2, 1, 4, 4), np.float32)
-        left[0, :, :, :2] = left[1, :, :, 2:] = 1
-        record.add(["left", "right"], left, (0,))
-        maps = np.asarray(weight_maps(record.loras, record.steps, 0)).astype(int).sum(axis=2) > 650
-        assert maps[34 : 34 + 72, 150 : 150 + 36].mean() == 1 and maps[34 : 34 + 72, 186:222].mean() == 0
+        assert all(picture.mode == "RGB" for picture in pictures(record, 1, flat(300, 260)).values())
 
     @given(st.lists(NAME, min_size=1, max_size=3, unique=True))
     def test_any_name_can_be_drawn(self, names):
         record = Record()
         record.add(names, weights(len(names), 1), (0,))
-        assert all(isinstance(picture, Image.Image) for picture in pictures(record, 0))
+        assert all(isinstance(picture, Image.Image) for picture in pictures(record, 0, flat(64, 64)).values())
 
     def test_loras_without_a_share_are_not_shown(self):
         record, of_two = Record(), np.zeros((3, 1, 2, 2), np.float32)
         of_two[1] = 1
         record.add(["a", "b", "c"], of_two, (0,))
-        chart, maps = pictures(record, 0)
-        assert maps.height == 34 + 78 + 6 and chart.height == 34 + 22 + 24
+        assert [part.name for part in parts_of(record, 0, (8, 8))] == ["b"]
+
+    def test_where_nobody_had_a_share_there_is_nothing_to_show(self):
+        record = Record()
+        record.add([], np.zeros((0, 1, 2, 2), np.float32), (0,))
+        assert pictures(record, 0, flat()) == pictures(Record(), 0, flat()) == {}

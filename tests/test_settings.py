@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from loratorio_ext import core, masks
+from loratorio_ext import __version__, core, masks
 from loratorio_ext.errors import LoRAtorioError, SettingsError
 from loratorio_ext.infotext import quote
 from loratorio_ext.settings import (
@@ -577,13 +577,43 @@ class TestInfotext:
             Settings.from_infotext({"LoRAtorio pool": text})
         assert len(str(caught.value)) < 300
 
-    def test_only_what_differs_from_the_defaults_is_written(self):
-        assert Settings(enabled=True).to_infotext() == {"LoRAtorio enabled": "True"}
+    def test_what_has_an_effect_is_written(self):
+        assert Settings(enabled=True).to_infotext() == {
+            "LoRAtorio enabled": "True",
+            "LoRAtorio method": "loratorio",
+            "LoRAtorio patch size": "4",
+            "LoRAtorio temperature mode": "adaptive",
+            "LoRAtorio temperature": "0.3",
+            "LoRAtorio relativity": "1.0",
+            "LoRAtorio upsampling": "nearest",
+            "LoRAtorio base share": "0.5",
+            "LoRAtorio version": __version__,
+        }
+        assert Settings(enabled=True, method="merge").to_infotext().keys() == {
+            "LoRAtorio enabled", "LoRAtorio method", "LoRAtorio version"
+        }  # fmt: skip
+
+    def test_what_was_set_is_written_even_if_without_effect(self):
         assert Settings(enabled=True, patch_size=8, method="switch").to_infotext() == {
             "LoRAtorio enabled": "True",
             "LoRAtorio method": "switch",
             "LoRAtorio patch size": "8",
+            "LoRAtorio switch every": "5",
+            "LoRAtorio version": __version__,
         }
+
+    @named(
+        "option, of",
+        [
+            ("selection_scope", "top_k"),
+            ("warmup", "refresh"),
+            ("pool_weight", "pool"),
+        ],
+    )
+    def test_what_an_idle_option_is_needed_for_has_no_effect(self, option, of):
+        busy = {"top_k": 1, "refresh": 1, "pool": ["a"]}[of]
+        assert OPTION[option].infotext_key not in Settings(enabled=True).to_infotext()
+        assert OPTION[option].infotext_key in Settings(enabled=True, **{of: busy}).to_infotext()
 
     def test_off_writes_nothing_and_reads_as_off(self):
         assert Settings(patch_size=8).to_infotext() == {}
@@ -619,6 +649,81 @@ class TestInfotext:
     def test_an_empty_window_is_refused(self):
         with pytest.raises(SettingsError, match="start"):
             Settings.from_infotext({"LoRAtorio start": "0.9", "LoRAtorio end": "0.1"})
+
+
+EARLIER = {
+    "plain": (
+        {"LoRAtorio enabled": "True"},
+        {"enabled": True, "method": "loratorio", "patch_size": 4, "temperature_mode": "adaptive", "temperature": 0.3,
+         "relativity": 0.5, "upsampling": "nearest", "base_share": 0.5, "top_k": 0, "selection_scope": "image",
+         "switch_every": 5, "start": 0.0, "end": 1.0, "refresh": 0, "warmup": 1, "pool": (), "pool_weight": 1.0,
+         "reselect_every": 1, "show_maps": False, "loras": Frozen(), "everywhere": ()},
+    ),
+    "some": (
+        {"LoRAtorio enabled": "True", "LoRAtorio relativity": "1.0", "LoRAtorio refresh": "1"},
+        {"enabled": True, "relativity": 1.0, "refresh": 1, "warmup": 1, "patch_size": 4, "base_share": 0.5},
+    ),
+    "with claims": (
+        {"LoRAtorio enabled": "True", "LoRAtorio everywhere": '["lcm"]', "LoRAtorio refresh": "1"},
+        {"enabled": True, "relativity": 1.0, "warmup": 2, "patch_size": 4, "everywhere": ("lcm",)},
+    ),
+    "0.1.0": (
+        {"LoRAtorio enabled": "True", "LoRAtorio method": "loratorio", "LoRAtorio patch size": "4",
+         "LoRAtorio temperature mode": "adaptive", "LoRAtorio temperature": "0.3", "LoRAtorio relativity": "1.0",
+         "LoRAtorio upsampling": "nearest", "LoRAtorio base share": "0.5", "LoRAtorio version": "0.1.0"},
+        {"enabled": True, "method": "loratorio", "patch_size": 4, "temperature_mode": "adaptive", "temperature": 0.3,
+         "relativity": 1.0, "upsampling": "nearest", "base_share": 0.5, "top_k": 0, "start": 0.0, "end": 1.0,
+         "refresh": 0, "pool": (), "reselect_every": 1, "show_maps": False, "loras": Frozen(), "everywhere": ()},
+    ),
+    "0.1.0, switch": (
+        {"LoRAtorio enabled": "True", "LoRAtorio method": "switch", "LoRAtorio switch every": "5",
+         "LoRAtorio version": "0.1.0"},
+        {"enabled": True, "method": "switch", "switch_every": 5, "start": 0.0, "end": 1.0, "pool": ()},
+    ),
+}  # fmt: skip
+"""Infotexts as they were written, and what the image was made with. These never change; add one for a new version."""
+
+
+class TestEarlierInfotexts:
+    @named("text, meant", EARLIER.values(), ids=EARLIER)
+    def test_they_mean_what_they_meant(self, text, meant):
+        read = Settings.from_infotext({"Steps": "20", **text})
+        assert {name: getattr(read, name) for name in meant} == meant
+
+    @named("text, meant", EARLIER.values(), ids=EARLIER)
+    @named("option", OPTIONS, ids=by_name)
+    def test_whatever_the_defaults_become(self, option, text, meant):
+        """Each default in turn becomes another one, as a later version may decide."""
+        others = {bool: [not option.default], str: [c for c in option.choices if c != option.default]}
+        others |= {int: [option.high], float: [option.high, option.low]}
+        value = next((v for v in others.get(option.kind, [("*",)]) if v != option.default), None)
+        if isinstance(option, Claims):
+            value = Frozen({"a": Frozen({"at": "left"})})
+        changed = type(option)(
+            **{f.name: getattr(option, f.name) for f in dataclasses.fields(option)} | {"default": value}
+        )
+        assert changed.default != option.default
+        for name in meant.keys() & {option.name}:
+            assert changed.read({"Steps": "20", **text}) == meant[name]
+
+    @named("option", OPTIONS, ids=by_name)
+    def test_an_option_that_older_texts_cannot_name_can_be_idle(self, option):
+        """Each since the first version must be able to do nothing, or need one that is: what it is in older texts."""
+        first = {name for _, meant in EARLIER.values() for name in meant}
+        assert option.name in first or option.idle is not None or OPTION[option.needs].idle is not None
+
+    @given(valid_values())
+    def test_what_is_read_is_composed_alike_when_defaults_change(self, values):
+        """All that matters is said: an absent entry is idle, or without effect."""
+        settings = Settings(**{**values, "enabled": True})
+        written = settings.to_infotext()
+        for option in OPTIONS:
+            if option.infotext_key not in written:
+                idle = option.idle is not None and getattr(settings, option.name) == option.idle
+                assert idle or not settings.matters(option)
+
+    def test_images_without_composition_read_as_the_defaults_of_today(self):
+        assert Settings.from_infotext({"Steps": "20", "Version": "v1.10.1"}) == Settings()
 
 
 def test_no_default_is_a_container_that_python_3_10_refuses():

@@ -70,7 +70,7 @@ from loratorio_ext.hosts.webui_texts import (
     token_count,
     tokens_of,
 )
-from loratorio_ext.isolation import ROWS_OF_A_POOL, CudaMemory, IsolatedCalls, Isolation, Row
+from loratorio_ext.isolation import ROWS_OF_A_POOL, CudaMemory, IsolatedCalls, Isolation, Row, Tally
 
 __all__ = ["check", "clean_up", "forget_conditionings", "interrupt", "open_sampling", "sampled"]
 
@@ -204,6 +204,10 @@ class A1111Sampling:
         script_callbacks.on_cfg_denoiser(self.before_unet)
         script_callbacks.on_cfg_denoised(self.after_unet)
         come_first(self.after_unet, "cfg_denoised")
+
+    @property
+    def tally(self) -> Tally:
+        return self.isolated.tally
 
     def close(self) -> None:
         self.step.close()

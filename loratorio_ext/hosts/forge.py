@@ -61,7 +61,7 @@ from loratorio_ext.hosts.webui import (
     tell_of_none,
 )
 from loratorio_ext.hosts.webui_texts import Affix, is_finite_text, same_text, token_count
-from loratorio_ext.isolation import ROWS_OF_A_POOL, BatchedCalls, Isolation, Row
+from loratorio_ext.isolation import ROWS_OF_A_POOL, BatchedCalls, Isolation, Row, Tally
 
 __all__ = ["check", "clean_up", "forget_conditionings", "interrupt", "open_sampling", "sampled"]
 
@@ -192,6 +192,7 @@ class ForgeSampling:
         self.settings = generation.settings
         self.method = method_from(self.settings)
         self.steps = 0
+        self.calls: BatchedCalls | None = None
         self.at_work = False
         model = self.p.sd_model
         unet = model.forge_objects.unet.clone()
@@ -215,6 +216,10 @@ class ForgeSampling:
         self.hooked.callback(self.replace_evaluation(unet))
         self.hooked.enter_context(alone(unet.model, lambda: self.at_work, self.refuse_call))
         model.forge_objects.unet = unet
+
+    @property
+    def tally(self) -> Tally | None:
+        return None if self.calls is None else self.calls.tally
 
     def close(self) -> None:
         self.hooked.close()

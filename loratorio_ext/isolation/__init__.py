@@ -4,6 +4,7 @@ from loratorio_ext.isolation.batches import ROWS_OF_A_POOL, BatchedCalls, Isolat
 from loratorio_ext.isolation.branches import Branch, Delta, LowRank, in_main_memory, is_finite, is_inert
 from loratorio_ext.isolation.memory import CudaMemory
 from loratorio_ext.isolation.rows import Isolation
+from loratorio_ext.isolation.tally import Tally
 
 __all__ = [
     "ROWS_OF_A_POOL",
@@ -15,6 +16,7 @@ __all__ = [
     "Isolation",
     "LowRank",
     "Row",
+    "Tally",
     "in_main_memory",
     "is_finite",
     "is_inert",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from loratorio_ext.isolation.memory import CudaMemory
 from loratorio_ext.isolation.rows import Isolation, shared_length
+from loratorio_ext.isolation.tally import Tally
 
 logger = logging.getLogger("loratorio")
 
@@ -52,6 +53,7 @@ class BatchedCalls:
 
     def __init__(self, forget: Callable[[], None], limit: int | None = None, memory: CudaMemory | None = None):
         self.forget, self.limit, self.memory = forget, limit, memory
+        self.tally = Tally()
 
     def __call__(self, rows: Sequence[Row], call: Call) -> Tensor:
         """``[len(rows), ...]``: what the model says of each of at least one row."""
@@ -64,7 +66,8 @@ class BatchedCalls:
                 work.extendleft(reversed(split(batch, self.limit)))
                 continue
             try:
-                results.append(self.evaluate(batch, call))
+                with self.tally.call([lora for lora, _ in batch]):
+                    results.append(self.evaluate(batch, call))
             except RuntimeError as error:
                 if len(batch) == 1 or not is_out_of_memory(error):
                     raise

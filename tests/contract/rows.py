@@ -22,6 +22,7 @@ HOST_OPTIONS = {
     "lora_in_memory_limit": 100,
     "CLIP_stop_at_last_layers": 1,
     "use_old_scheduling": False,
+    "samples_save": False,
 }
 """Every option that a row may change, at its usual value: a host keeps overridden options it never knew before."""
 

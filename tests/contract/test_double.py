@@ -445,3 +445,70 @@ def test_a_difference_survives_storage_in_eight_bits(webui):
         layer.weight = weight
     assert expected.abs().max() < 1e-3
     torch.testing.assert_close(found.float(), expected)
+
+
+def test_a_line_a_generation_and_one_a_step_if_wanted(webui, capsys):
+    shared, limits = webui.module("modules.shared"), webui.module("loratorio_ext.hosts.limits")
+    scripts = {"LoRAtorio": {"args": [{"enabled": True}]}}
+    plain_info = webui.txt2img(prompt=TWO, n_iter=2, alwayson_scripts=scripts).info
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("LoRAtorio")]
+    assert "loratorio of locon, down_blocks; 16 model calls of 6 rows, 67% of which are a LoRA's alone" in line
+    shared.opts.set(limits.LOG_STEPS, True)
+    try:
+        info = webui.txt2img(prompt=TWO, n_iter=2, alwayson_scripts=scripts).info
+    finally:
+        shared.opts.data.pop(limits.LOG_STEPS)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("LoRAtorio: step")]
+    assert len(lines) == 16 and all("locon 0." in line for line in lines)
+    assert info == plain_info, "a log is no part of the answer"
+    webui.txt2img(prompt=TWO)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_look_at_what_will_be_composed(webui):
+    """Who is found and who is not, the cost, the preset, and what will be refused, before anything is made."""
+    ui, settings = webui.module("loratorio_ext.ui"), webui.module("loratorio_ext.settings")
+
+    def look(prompt, preset="default", **options):
+        values = settings.Settings(**options)
+        args = [getattr(values, option.name) for option in settings.OPTIONS]
+        found, sets, below = ui.look(prompt, preset, *args)
+        return found["value"], sets, below
+
+    preset, sets, below = look(f"{TWO} <lora:no&where:1>", patch_size=8)
+    assert preset == "custom" and "Patch size 8" in sets
+    assert "<b>locon</b> 0.8" in below and "<b>down_blocks</b> 1, 0.7" in below
+    assert 'no&amp;where</b> 1, <b class="loratorio-bad">not found' in below
+    assert "2 LoRAs: a step takes about as long as 3 plain ones" in below
+    assert look(TWO, "default", refresh=1)[0] == "balanced"
+    assert "did you mean lora?" in look("", pool=["loraa"])[2]
+    assert ui.look("", "fast", True, "no method")[0]["value"] == "custom"
+    many = look("", pool=["*"])[2]
+    assert many.count("from the pool") == min(len(CATALOGUE), ui.MOST_SHOWN)
+
+
+def test_a_loras_picture_and_what_it_was_made_for(webui):
+    folder = webui.data / "models" / "Lora"
+    ui, pool = webui.module("loratorio_ext.ui"), webui.module("loratorio_ext.pool")
+    (folder / "lora.preview.png").write_bytes(b"")
+    try:
+        (lora,) = [lora for lora in ui.listed_loras() if lora.name == "lora"]
+        assert "thumb?filename=" in ui.thumbnail(lora) and "lora.preview.png" in ui.thumbnail(lora)
+    finally:
+        (folder / "lora.preview.png").unlink()
+    assert ui.thumbnail(lora) == ""
+    metadata = {"ss_base_model_version": "sdxl_base_v1-0"}
+    seen = webui.module("loratorio_ext.preview").Seen("a", "1", pool.Listed("a", "/a", "a", metadata=metadata))
+    assert ui.remarks(seen, "SD 1") == ['<b class="loratorio-bad">made for SDXL, not SD 1</b>']
+    assert ui.remarks(seen, "SDXL") == ui.remarks(seen, None) == []
+
+
+def test_the_first_screen_is_short_and_everything_is_there(webui):
+    ui, settings = webui.module("loratorio_ext.ui"), webui.module("loratorio_ext.settings")
+    assert [option.name for option in settings.OPTIONS if option.group == ""] == ["enabled", "show_maps"]
+    components, _ = ui.build_ui("txt2img", prompt=object())
+    assert len(components) == len(settings.OPTIONS) and len({id(each) for each in components}) == len(components)
+    assert all(len(option.hint) <= len(option.help) and option.hint.endswith((".", "!")) for option in settings.OPTIONS)
+    grouped = [row for row in ui.rows_of(settings.OPTIONS[1:])]
+    assert [option for row in grouped for option in row] == list(settings.OPTIONS[1:])
+    assert all(len(row) <= 2 for row in grouped)

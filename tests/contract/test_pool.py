@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from loratorio_ext.record import read_shares, written_shares
@@ -37,6 +38,7 @@ OPTIONS = {
     "switch": {"pool": ["unet_only", "rank_1"], "method": "switch", "switch_every": 2},
 }  # fmt: skip
 
+SAVED = {"samples_save": True}
 CHOSEN = {"pool": FIVE, "top_k": 2, "reselect_every": 3}
 REQUESTS = {
     "no LoRA in the prompt": {"prompt": PLAIN},
@@ -203,13 +205,40 @@ def test_nothing_is_said_where_nothing_is_picked(contract):
     assert "LoRAtorio steps" not in composed.info["extra_generation_params"]
 
 
-def test_the_weights_as_pictures(contract):
-    without = contract.composed(CHOSEN, prompt=PLAIN, batch_size=2)
-    shown = contract.composed(CHOSEN | {"show_maps": True}, prompt=PLAIN, batch_size=2)
-    assert len(shown.images) == len(without.images) + 4
+def test_who_painted_what_as_pictures_and_data(contract):
+    """Three pictures an image, behind the images, and each with its own image's infotext."""
+    without = contract.composed(CHOSEN, prompt=PLAIN, batch_size=2, n_iter=2)
+    shown = contract.composed(CHOSEN | {"show_maps": True}, prompt=PLAIN, batch_size=2, n_iter=2)
+    assert len(shown.images) == len(without.images) + 12
     assert all(np.array_equal(*pair) for pair in zip(without.images, shown.images))
-    assert len({picture.tobytes() for picture in shown.images[-4:]}) == 4
-    assert len(shown.info["infotexts"]) == len(shown.images)
+    assert len({picture.tobytes() for picture in shown.images[-12:]}) == 12
+    infotexts = shown.info["infotexts"]
+    assert len(infotexts) == len(shown.images)
+    assert infotexts[-12:] == [text for text in infotexts[-16:-12] for _ in range(3)]
+    data = shown.info["extra_generation_params"]["LoRAtorio steps"]
+    maps = np.array(data["maps"])
+    assert maps.shape[:2] == (4, len(data["loras"]))
+    np.testing.assert_allclose(maps.sum(axis=1), 1, atol=5e-3)
+    np.testing.assert_allclose(maps.mean(axis=(2, 3)), np.mean(data["shares"], axis=1), atol=5e-3)
+    assert np.max(data["base"]) < 2e-3 and np.shape(data["base"]) == (4, 8)
+
+
+def test_pictures_are_saved_beside_the_image_and_only_with_it(contract):
+    def files():
+        found = {path: path.stat().st_mtime_ns for path in contract.webui.data.rglob("*.png")}
+        return set(found.items())
+
+    before = files()
+    contract.composed(CHOSEN | {"show_maps": True}, prompt=PLAIN)
+    assert files() == before, "a request that saves nothing"
+    shown = contract.composed(CHOSEN | {"show_maps": True}, prompt=PLAIN, save_images=True, host_options=SAVED)
+    new = sorted(path for path, _ in files() - before)
+    image = min(new, key=lambda path: len(path.name))
+    kinds = ["painted", "maps", "shares"]
+    assert sorted(new) == sorted([image, *(image.with_name(f"{image.stem}-loratorio-{kind}.png") for kind in kinds)])
+    with Image.open(image.with_name(f"{image.stem}-loratorio-painted.png")) as picture:
+        assert picture.info["parameters"] == shown.infotext
+        assert np.array_equal(np.asarray(picture), shown.images[-3])
 
 
 def test_a_pool_comes_back_from_an_infotext(contract):

@@ -134,7 +134,7 @@ class Double:
         extra_networks.extra_network_registry["lora"] = self.module("extra_networks_lora").ExtraNetworkLora()
         for extension in self.extensions:
             self.module("modules.scripts").load_scripts(extension)
-        self._api = self.module("modules.api").Api()
+        self._api = self.module("modules.api").Api(str(self.data / "outputs"))
         self.sampler_names = [config.name for config in self.module("modules.sd_samplers").all_samplers]
         self.lora_names = [recipe.name for recipe in CATALOGUE]
 

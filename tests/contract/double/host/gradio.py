@@ -53,7 +53,15 @@ class Slider(Component): ...
 class Textbox(Component): ...
 
 
+class Button(Component):
+    def click(self, fn: Callable, inputs=None, outputs=None, **options) -> None:
+        self.listeners["click"] = fn
+
+
 class Group:
+    def __init__(self, label: str | None = None, **properties):
+        self.label = label
+
     def __enter__(self):
         return self
 
@@ -62,6 +70,9 @@ class Group:
 
 
 class Row(Group): ...
+
+
+class Accordion(Group): ...
 
 
 def update(**properties) -> dict[str, Any]:

@@ -40,7 +40,8 @@ def decode_image(encoded: str) -> Image.Image:
 
 
 class Api:
-    def __init__(self):
+    def __init__(self, outputs: str = ""):
+        self.outputs = outputs
         self.runners = {"txt2img": ScriptRunner(is_img2img=False), "img2img": ScriptRunner(is_img2img=True)}
 
     def txt2img(self, request: dict[str, Any]) -> processing.Processed:
@@ -56,6 +57,8 @@ class Api:
     def generate(self, tab: str, kind: type, request: dict[str, Any]) -> processing.Processed:
         runner, request = self.runners[tab], dict(request)
         values = self.script_values(runner, request.pop("infotext", None), request.pop("alwayson_scripts", None) or {})
+        request["do_not_save_samples"] = not request.pop("save_images", False)
+        request["outpath_samples"] = self.outputs
         if unknown := request.keys() - inspect.signature(kind).parameters.keys():
             raise NotImplementedError(f"the double does not know {', '.join(sorted(unknown))}")
         if sd_samplers.find_sampler_config(request.get("sampler_name")) is None:

@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-from modules import errors, extra_networks, prompt_parser, sd_samplers, shared
+from modules import errors, extra_networks, images, prompt_parser, sd_samplers, shared
 from modules.infotext_utils import quote
 from modules.sd_hijack import model_hijack
 
@@ -69,6 +69,8 @@ class StableDiffusionProcessing:
     override_settings_restore_afterwards: bool = True
     scripts: Any = None
     script_args: tuple = ()
+    do_not_save_samples: bool = False
+    outpath_samples: str = ""
 
     cached_c = [None, None]
     cached_uc = [None, None]
@@ -304,8 +306,9 @@ class StableDiffusionProcessingImg2Img(StableDiffusionProcessing):
         mask = self.painted(image.size)
         if mask is not None and self.inpaint_full_res:
             self.overlay = overlay_of(image, mask)
-            self.paste_to = grown(mask.getbbox(), self.inpaint_full_res_padding, self.width / self.height, image.size)
-            image, mask = image.crop(self.paste_to).resize(size), mask.crop(self.paste_to).resize(size)
+            box = grown(mask.getbbox(), self.inpaint_full_res_padding, self.width / self.height, image.size)
+            self.paste_to = (*box[:2], box[2] - box[0], box[3] - box[1])
+            image, mask = image.crop(box).resize(size), mask.crop(box).resize(size)
         elif mask is not None:
             image, mask = image.resize(size), mask.resize(size).point(lambda value: min(2 * value, 255))
             self.overlay = overlay_of(image, mask)
@@ -442,6 +445,11 @@ def process_images(p: StableDiffusionProcessing) -> Processed:
             opts.data.update(before)
 
 
+@dataclass
+class PostprocessImageArgs:
+    image: Image.Image
+
+
 def process_images_inner(p: StableDiffusionProcessing) -> Processed:
     state, scripts = shared.state, p.scripts
     model_hijack.comments.clear()
@@ -453,7 +461,7 @@ def process_images_inner(p: StableDiffusionProcessing) -> Processed:
     p.all_subseeds = [subseed + i for i in range(len(p.all_prompts))]
     shared.sd_model.tile(p.tiling)
     scripts.process(p)
-    images, infotexts = [], []
+    found, infotexts = [], []
     with torch.no_grad():
         p.init()
         for number in range(p.n_iter):
@@ -461,11 +469,16 @@ def process_images_inner(p: StableDiffusionProcessing) -> Processed:
             state.skipped = False
             if state.interrupted or state.stopping_generation:
                 break
-            images_of_batch = process_batch(p)
-            images += images_of_batch
-            infotexts += [create_infotext(p, index) for index in range(len(images_of_batch))]
+            for index, image in enumerate(process_batch(p)):
+                p.batch_index = index
+                post = PostprocessImageArgs(image)
+                scripts.call("postprocess_image_after_composite", p, post)
+                infotexts.append(create_infotext(p, index))
+                if shared.opts.samples_save and not p.do_not_save_samples:
+                    images.save_image(post.image, p.outpath_samples, "", p.seeds[index], info=infotexts[-1], p=p)
+                found.append(post.image)
     extra_networks.deactivate(p)
-    processed = Processed(p, images, infotexts or [""])
+    processed = Processed(p, found, infotexts or [""])
     scripts.postprocess(p, processed)
     return processed
 
@@ -508,8 +521,8 @@ def as_image(pixels: np.ndarray, p: StableDiffusionProcessing) -> Image.Image:
         return Image.fromarray(image)
     opacity, original = overlay
     if p.paste_to is not None:
-        left, top, right, bottom = p.paste_to
+        left, top, width, height = p.paste_to
         whole = np.zeros(original.shape, np.uint8)
-        whole[top:bottom, left:right] = Image.fromarray(image).resize((right - left, bottom - top))
+        whole[top : top + height, left : left + width] = Image.fromarray(image).resize((width, height))
         image = whole
     return Image.fromarray((image * (1 - opacity) + 255 * original * opacity).round().astype(np.uint8))

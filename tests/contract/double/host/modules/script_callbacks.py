@@ -48,6 +48,10 @@ callback_map: dict[str, list[ScriptCallback]] = {
 }
 
 
+def on_before_ui(callback: Callable, *, name: str | None = None) -> None:
+    callback()
+
+
 def on_ui_settings(callback: Callable, *, name: str | None = None) -> None:
     callback()
 

@@ -4,6 +4,7 @@ import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import networks
@@ -315,6 +316,9 @@ class DiffusionEngine(LatentDiffusion):
 FAMILIES = {"sd1": LatentDiffusion, "sd2v": LatentDiffusion, "sdxl": DiffusionEngine}
 
 
+model_data = SimpleNamespace(sd_model=None)
+
+
 def load_model(family: str) -> LatentDiffusion:
     """The model with the host's names on its layers, and the conditioning of the empty prompt."""
     model = FAMILIES[family](family)
@@ -325,4 +329,5 @@ def load_model(family: str) -> LatentDiffusion:
         layer.network_layer_name = name
     empty = model.get_learned_conditioning(SdConditioning([""]))
     model.cond_stage_model_empty_prompt = empty["crossattn"] if model.is_sdxl else empty
+    model_data.sd_model = model
     return model

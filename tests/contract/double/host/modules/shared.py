@@ -6,6 +6,7 @@ from typing import Any
 DEFAULTS = {
     "CLIP_stop_at_last_layers": 1,
     "batch_cond_uncond": True,
+    "enable_pnginfo": True,
     "hires_fix_use_firstpass_conds": False,
     "img2img_fix_steps": False,
     "lora_add_hashes_to_infotext": True,
@@ -17,6 +18,7 @@ DEFAULTS = {
     "persistent_cond_cache": True,
     "s_min_uncond": 0.0,
     "s_min_uncond_all": False,
+    "samples_save": True,
     "skip_early_cond": 0.0,
     "use_old_scheduling": False,
 }
