@@ -20,6 +20,7 @@ ONE = "a cat on a hill <lora:lora:0.8>"
 TWO = f"{ONE} <lora:locon:0.8>"
 HIRES = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7}
 LARGE = {"width": 192, "height": 192, "steps": 4}
+LARGER = {"width": 256, "height": 256, "steps": 3}
 
 
 def picture(size: int = 64) -> np.ndarray:
@@ -386,7 +387,7 @@ BUILT_IN = [
     Row(
         "built in",
         "hypertile",
-        payload=LARGE | host_options(hypertile_enable_unet=True, hypertile_max_tile_unet=64),
+        payload=LARGER | host_options(hypertile_enable_unet=True, hypertile_max_tile_unet=128),
         unlike=host_options(hypertile_enable_unet=False),
     ),
     Row(
