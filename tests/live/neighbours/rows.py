@@ -436,7 +436,7 @@ CROWD = [
         also=("controlnet",),
         crowd=True,
     ),
-    Row("adetailer", "with ControlNet", adetailer() | controlnet(unit()), also=("controlnet",), crowd=True),
+    Row("adetailer", "with ControlNet", adetailer() | controlnet(unit()), two="", also=("controlnet",), crowd=True),
 ]
 """Several at once, where all are installed."""
 
