@@ -97,6 +97,14 @@ class Company:
             self._known[key] = self.generate(scripts, payload)
         return self._known[key]
 
+    def after_itself(self, request: tuple[dict, dict], plain: tuple[dict, dict]) -> Generation:
+        """The images of ``plain`` after ``request``, both with the box off; made once for equal requests."""
+        key = key_of("after", request, plain)
+        if key not in self._known:
+            self.generate(*request)
+            self._known[key] = self.generate(*plain)
+        return self._known[key]
+
     def composed(self, scripts: Mapping[str, Any], payload: Mapping[str, Any], **options) -> Generation:
         """The extension's images, with its options by name."""
         return self.generate({"LoRAtorio": {"args": [{"enabled": True, **options}]}, **scripts}, payload)

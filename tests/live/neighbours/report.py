@@ -65,21 +65,22 @@ def table(results: Results) -> str:
 
 
 def document(results: Results, file: str) -> str:
-    """The whole page; neighbours in the order of the results."""
+    """The whole page; neighbours in the order of ``TITLES``."""
     parts = [INTRODUCTION.format(file=f"`{file}`")]
-    for neighbour, group in groupby(results.items(), key=lambda item: item[1]["neighbour"]):
+    by_neighbour = sorted(results.items(), key=lambda item: list(TITLES).index(item[1]["neighbour"]))
+    for neighbour, group in groupby(by_neighbour, key=lambda item: item[1]["neighbour"]):
         rows = dict(group)
         version = next(iter(rows.values()))["version"]
-        title = TITLES.get(neighbour, neighbour)
+        title = TITLES[neighbour]
         parts.append(f"## {title}{f', {version}' if version else ''}\n\n{table(rows)}\n")
     return "\n".join(parts)
 
 
 def in_order(results: Results) -> Results:
-    """The results in the order of the table of rows; rows that are no longer there are dropped."""
+    """The results in the order of the table of rows, with what that promises now; rows that are gone are dropped."""
     from tests.live.neighbours.rows import TABLE
 
-    return {row.name: results[row.name] for row in TABLE if row.name in results}
+    return {row.name: {**results[row.name], "expected": row.expected} for row in TABLE if row.name in results}
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ ONE = "a cat on a hill <lora:lora:0.8>"
 TWO = f"{ONE} <lora:locon:0.8>"
 HIRES = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7}
 LARGE = {"width": 192, "height": 192, "steps": 4}
+LARGER = {"width": 256, "height": 256, "steps": 3}
 
 
 def picture(size: int = 64) -> np.ndarray:
@@ -103,6 +104,10 @@ def adetailer(**more) -> dict:
 
 def dynamic_thresholding(mimic: float, percentile: float = 99.0) -> dict:
     return {"dynamic thresholding (cfg scale fix)": {"args": [True, mimic, percentile]}}
+
+
+def host_options(**values) -> dict:
+    return {"override_settings": values}
 
 
 @dataclass(frozen=True)
@@ -348,15 +353,16 @@ BLOCK_WEIGHT = [
 ]
 
 ADETAILER = [
-    Row("adetailer", "one image", adetailer(), brute_force=False),
-    Row("adetailer", "a batch of 2", adetailer(), {"batch_size": 2}),
-    Row("adetailer", "two batches", adetailer(), {"n_iter": 2}),
+    # By default it runs few scripts when it paints anew, and not ours: two LoRAs are merged there.
+    Row("adetailer", "one image", adetailer(), two=""),
+    Row("adetailer", "a batch of 2", adetailer(), {"batch_size": 2}, two=""),
+    Row("adetailer", "two batches", adetailer(), {"n_iter": 2}, two=""),
     Row("adetailer", "a prompt of its own", adetailer(ad_prompt="a dog <lora:locon:0.8>"), two=""),
+    Row("adetailer", "with our script among those it runs", adetailer(), host_options(ad_script_names="loratorio")),
 ]
 
 DYNAMIC_THRESHOLDING = [
     Row("dynamic-thresholding", "mimic scale 4", dynamic_thresholding(4.0), brute_force=True),
-    Row("dynamic-thresholding", "UniPC", dynamic_thresholding(4.0), {"sampler_name": "UniPC"}),
     Row(
         "dynamic-thresholding",
         "DPM++ 2M, batch of 2",
@@ -370,10 +376,6 @@ IMAGE = {"image": picture(), "denoising_strength": 0.8}
 MASKED = IMAGE | {"mask": LEFT_HALF, "mask_blur": 4, "inpainting_fill": 1}
 
 
-def option(name: str, value: Any) -> dict:
-    return {"override_settings": {name: value}}
-
-
 BUILT_IN = [
     Row(
         "built in",
@@ -385,14 +387,14 @@ BUILT_IN = [
     Row(
         "built in",
         "hypertile",
-        payload=LARGE | option("hypertile_enable_unet", True),
-        unlike=option("hypertile_enable_unet", False),
+        payload=LARGER | host_options(hypertile_enable_unet=True, hypertile_max_tile_unet=128),
+        unlike=host_options(hypertile_enable_unet=False),
     ),
     Row(
         "built in",
         "token merging",
-        payload=LARGE | option("token_merging_ratio", 0.5),
-        unlike=option("token_merging_ratio", 0.0),
+        payload=LARGE | host_options(token_merging_ratio=0.5),
+        unlike=host_options(token_merging_ratio=0.0),
     ),
     Row(
         "built in",
@@ -434,7 +436,7 @@ CROWD = [
         also=("controlnet",),
         crowd=True,
     ),
-    Row("adetailer", "with ControlNet", adetailer() | controlnet(unit()), also=("controlnet",), crowd=True),
+    Row("adetailer", "with ControlNet", adetailer() | controlnet(unit()), two="", also=("controlnet",), crowd=True),
 ]
 """Several at once, where all are installed."""
 

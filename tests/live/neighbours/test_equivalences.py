@@ -39,9 +39,10 @@ class Equivalence:
     def server(self) -> str:
         return self.neighbour
 
-    @property
-    def one(self) -> str:
-        return ONE
+    one = ONE
+
+    def request(self, prompt: str) -> Request:
+        return self.second
 
 
 def prompt(text: str, **payload) -> Request:
