@@ -84,7 +84,7 @@ function loratorioDescribe(tab) {
         if (header.getAttribute("aria-expanded") !== open) header.setAttribute("aria-expanded", open);
     }
     for (const [id, name, words] of [
-        [`loratorio_${tab}_loras`, "aria-live", "polite"],
+        [`loratorio_${tab}_found`, "aria-live", "polite"],
         [`loratorio_${tab}-visible-checkbox`, "aria-label", "LoRAtorio on or off"],
     ]) {
         const element = gradioApp().querySelector(`#${id}`);

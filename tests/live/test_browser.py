@@ -32,6 +32,7 @@ def browser():
     if not Path(chromium).exists():
         pytest.skip(f"there is no browser at {chromium}")
     with playwright.sync_playwright() as driver:
+        playwright.expect.set_options(timeout=30_000)
         browser = driver.chromium.launch(executable_path=chromium, args=list(QUIET))
         yield browser
         browser.close()
@@ -58,7 +59,7 @@ def opened(page, tab="txt2img", prompt=PROMPT):
         page.get_by_role("button", name="img2img", exact=True).first.click()
     page.fill(f"#{tab}_prompt textarea", prompt)
     page.click(f"#loratorio_{tab} > .label-wrap")
-    playwright.expect(page.locator(f"#loratorio_{tab}_loras")).to_contain_text("a step takes")
+    playwright.expect(page.locator(f"#loratorio_{tab}_found").first).to_contain_text("a step takes")
 
 
 def choose(page, preset):
@@ -73,7 +74,7 @@ def preset(page):
 @pytest.mark.parametrize("tab", TABS)
 def test_loras_and_cost_are_said_while_the_prompt_is_typed(page, tab):
     opened(page, tab)
-    says = playwright.expect(page.locator(f"#loratorio_{tab}_loras"))
+    says = playwright.expect(page.locator(f"#loratorio_{tab}_found").first)
     says.to_contain_text("2 LoRAs: a step takes about as long as 3 plain ones")
     page.fill(f"#{tab}_prompt textarea", f"{PROMPT} <lora:nowhere:1>")
     says.to_contain_text("not found")
@@ -84,7 +85,7 @@ def test_loras_and_cost_are_said_while_the_prompt_is_typed(page, tab):
 def test_a_preset_fills_in_and_a_changed_value_makes_it_custom(page):
     opened(page)
     choose(page, "fast")
-    playwright.expect(page.locator("#loratorio_txt2img_sets")).to_contain_text("LoRAs refreshed per step 1")
+    playwright.expect(page.locator("#loratorio_txt2img_sets").first).to_contain_text("LoRAs refreshed per step 1")
     page.click("#loratorio_txt2img_advanced > .label-wrap")
     number = page.locator("#loratorio_txt2img_refresh input[type=number]")
     playwright.expect(number).to_have_value("1")
