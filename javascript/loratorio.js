@@ -68,8 +68,23 @@ function loratorioDescribe(tab) {
         const label = block?.querySelector("[data-testid=block-info]")?.textContent.trim();
         if (label) number.setAttribute("aria-label", label);
     }
+    // gradio 3's headers are no buttons.
+    const header = gradioApp().querySelector(`#loratorio_${tab}_advanced > .label-wrap`);
+    if (header && header.tagName !== "BUTTON") {
+        if (header.tabIndex !== 0) {
+            header.tabIndex = 0;
+            header.setAttribute("role", "button");
+            header.addEventListener("keydown", (event) => {
+                if (event.key !== "Enter" && event.key !== " ") return;
+                event.preventDefault();
+                header.click();
+            });
+        }
+        const open = String(header.classList.contains("open"));
+        if (header.getAttribute("aria-expanded") !== open) header.setAttribute("aria-expanded", open);
+    }
     for (const [id, name, words] of [
-        [`loratorio_${tab}_loras`, "aria-live", "polite"],
+        [`loratorio_${tab}_found`, "aria-live", "polite"],
         [`loratorio_${tab}-visible-checkbox`, "aria-label", "LoRAtorio on or off"],
     ]) {
         const element = gradioApp().querySelector(`#${id}`);

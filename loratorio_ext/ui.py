@@ -259,7 +259,7 @@ def build_ui(tab: str, prompt: Any = None) -> tuple[list, list]:
             for option in groups.pop(""):
                 by_name[option.name], beside[option.name] = component(option, f"{prefix}_{option.name}"), []
         sets = gr.HTML("", elem_id=f"{prefix}_sets", elem_classes=["loratorio-says"])
-        loras = gr.HTML("", elem_id=f"{prefix}_loras", elem_classes=["loratorio-says", "loratorio-live"])
+        loras = gr.HTML("", elem_id=f"{prefix}_found", elem_classes=["loratorio-says", "loratorio-live"])
         again = gr.Button("Look again", elem_id=f"{prefix}_look", elem_classes=["loratorio-hidden"])
         with gr.Accordion("Advanced", open=False, elem_id=f"{prefix}_advanced"):
             gr.HTML(helps(prefix))

@@ -509,6 +509,7 @@ def test_the_first_screen_is_short_and_everything_is_there(webui):
     components, _ = ui.build_ui("txt2img", prompt=object())
     assert len(components) == len(settings.OPTIONS) and len({id(each) for each in components}) == len(components)
     assert all(len(option.hint) <= len(option.help) and option.hint.endswith((".", "!")) for option in settings.OPTIONS)
+    assert {"preset", "sets", "found", "look", "advanced"}.isdisjoint(settings.OPTION), "two elements of one id"
     grouped = [row for row in ui.rows_of(settings.OPTIONS[1:])]
     assert [option for row in grouped for option in row] == list(settings.OPTIONS[1:])
     assert all(len(row) <= 2 for row in grouped)

@@ -1,5 +1,5 @@
 """What only an installed AUTOMATIC1111 can show: other checkpoints in one generation, embeddings that come with a LoRA,
-scripts that generate many times, and the README's own examples."""
+scripts that generate many times, and the API page's own examples."""
 
 import re
 import shutil
@@ -126,9 +126,9 @@ def test_xyz_plot(contract):
 
 
 @pytest.mark.parametrize("language", ["bash", "python"])
-def test_readme_example(contract, language, tmp_path):
-    """The README's API examples, run as they stand but for the server's port, the LoRAs' names, and a smaller image."""
-    blocks = re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_example_of_the_api_page(contract, language, tmp_path):
+    """The API page's examples, run as they stand but for the server's port, the LoRAs' names, and a smaller image."""
+    blocks = re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs/api.md").read_text(), re.DOTALL)
     (example,) = [block for block in blocks if "alwayson_scripts" in block]
     example = example.replace("7860", contract.webui.url.rpartition(":")[2])
     example = example.replace('"steps": 20', '"steps": 4, "width": 64, "height": 64')

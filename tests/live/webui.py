@@ -167,6 +167,8 @@ class WebUI:
         self.host = Path(host)
         self.data = Path(data).resolve()
         self.timeout = timeout
+        # A request that comes while the browser's interface is put up ends the host.
+        self.marks = (self.loaded, "Startup time") if ui else (self.loaded,)
         self.log_path = self.data / "webui.log"
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
@@ -265,7 +267,7 @@ class WebUI:
                 raise WebUIError(f"the server ended with status {self._process.returncode}:\n{self._log_tail()}")
             if LOADING_FAILED in self.log():
                 raise WebUIError(f"the checkpoint was not loaded:\n{self._log_tail()}")
-            if self.loaded in self.log() and self._answers():
+            if all(mark in self.log() for mark in self.marks) and self._answers():
                 return
             time.sleep(0.25)
         raise WebUIError(f"no answer within {self.timeout:.0f} s:\n{self._log_tail()}")

@@ -1,0 +1,139 @@
+"""The panel in a browser, on the real WebUI: look, tick, generate, see who painted what, read the infotext back.
+
+Needs playwright from PyPI and a Chromium (LORATORIO_CHROMIUM, or /usr/bin/chromium); LORATORIO_AXE names the file
+axe.min.js of axe-core. Screenshots go to LORATORIO_SCREENSHOTS, if that is set.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.live.conftest import tiny_webui
+
+pytestmark = pytest.mark.live
+playwright = pytest.importorskip("playwright.sync_api")
+
+PROMPT = "a cat on a hill <lora:lora:0.9> <lora:locon:0.8>"
+QUIET = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
+TABS = ("txt2img", "img2img")
+
+
+@pytest.fixture(scope="module")
+def webui(tmp_path_factory):
+    with tiny_webui("sd1", tmp_path_factory, ui=True) as real:
+        yield real
+
+
+@pytest.fixture(scope="module")
+def browser():
+    chromium = os.environ.get("LORATORIO_CHROMIUM", "/usr/bin/chromium")
+    if not Path(chromium).exists():
+        pytest.skip(f"there is no browser at {chromium}")
+    with playwright.sync_playwright() as driver:
+        playwright.expect.set_options(timeout=30_000)
+        browser = driver.chromium.launch(executable_path=chromium, args=list(QUIET))
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(webui, browser, request):
+    page = browser.new_page(viewport={"width": 1240, "height": 1100})
+    errors = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(webui.url, wait_until="domcontentloaded")
+    page.wait_for_selector("#loratorio_txt2img-visible-checkbox")
+    yield page
+    folder = os.environ.get("LORATORIO_SCREENSHOTS")
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=Path(folder) / f"{re.sub('[^a-z0-9]+', '-', request.node.name)}.png", full_page=True)
+    page.close()
+    assert errors == []
+
+
+def opened(page, tab="txt2img", prompt=PROMPT):
+    if tab == "img2img":
+        page.get_by_role("button", name="img2img", exact=True).first.click()
+    page.fill(f"#{tab}_prompt textarea", prompt)
+    page.click(f"#loratorio_{tab} > .label-wrap")
+    playwright.expect(page.locator(f"#loratorio_{tab}_found").first).to_contain_text("a step takes")
+
+
+def choose(page, preset):
+    page.click("#loratorio_txt2img_preset input")
+    page.locator("#loratorio_txt2img_preset li, ul.options li").filter(has_text=preset).first.click()
+
+
+def preset(page):
+    return playwright.expect(page.locator("#loratorio_txt2img_preset input"))
+
+
+@pytest.mark.parametrize("tab", TABS)
+def test_loras_and_cost_are_said_while_the_prompt_is_typed(page, tab):
+    opened(page, tab)
+    says = playwright.expect(page.locator(f"#loratorio_{tab}_found").first)
+    says.to_contain_text("2 LoRAs: a step takes about as long as 3 plain ones")
+    page.fill(f"#{tab}_prompt textarea", f"{PROMPT} <lora:nowhere:1>")
+    says.to_contain_text("not found")
+    page.fill(f"#{tab}_prompt textarea", f"{PROMPT} <lora:rank_1:1:at=up>")
+    says.to_contain_text("at in <lora:rank_1:1:at=up> must be")
+
+
+def test_a_preset_fills_in_and_a_changed_value_makes_it_custom(page):
+    opened(page)
+    choose(page, "fast")
+    playwright.expect(page.locator("#loratorio_txt2img_sets").first).to_contain_text("LoRAs refreshed per step 1")
+    page.click("#loratorio_txt2img_advanced > .label-wrap")
+    number = page.locator("#loratorio_txt2img_refresh input[type=number]")
+    playwright.expect(number).to_have_value("1")
+    number.fill("2")
+    page.keyboard.press("Tab")
+    preset(page).to_have_value("custom")
+    number.fill("1")
+    page.keyboard.press("Tab")
+    preset(page).to_have_value("fast")
+
+
+def test_generate_and_see_who_painted_what_and_read_it_back(page):
+    opened(page)
+    for name, value in (("width", "64"), ("height", "64"), ("steps", "4")):
+        page.fill(f"#txt2img_{name} input[type=number]", value)
+        page.keyboard.press("Tab")
+    page.check("#loratorio_txt2img_show_maps input")
+    page.click("#txt2img_generate")
+    thumbnails = page.locator("#txt2img_gallery .thumbnails button img")
+    playwright.expect(thumbnails).to_have_count(4, timeout=120_000)
+    text = page.locator("#html_info_txt2img").inner_text()
+    assert "LoRAtorio version: " in text and "LoRAtorio show maps: True" in text
+    page.uncheck("#loratorio_txt2img_show_maps input")
+    page.fill("#txt2img_prompt textarea", text.partition("Time taken")[0])
+    page.click("#paste")
+    playwright.expect(page.locator("#loratorio_txt2img_show_maps input")).to_be_checked()
+    playwright.expect(page.locator("#txt2img_prompt textarea")).to_have_value(PROMPT)
+
+
+def test_everything_is_reached_by_keyboard(page):
+    opened(page)
+    page.focus("#loratorio_txt2img_show_maps input")
+    page.keyboard.press("Tab")
+    playwright.expect(page.locator("#loratorio_txt2img_patch_size")).to_be_hidden()
+    page.keyboard.press("Enter")
+    playwright.expect(page.locator("#loratorio_txt2img_patch_size")).to_be_visible()
+
+
+def test_axe_finds_nothing_serious(page):
+    axe = os.environ.get("LORATORIO_AXE")
+    if not axe:
+        pytest.skip("LORATORIO_AXE does not name axe.min.js")
+    opened(page)
+    page.click("#loratorio_txt2img_advanced > .label-wrap")
+    playwright.expect(page.locator("#loratorio_txt2img_patch_size")).to_be_visible()
+    found = page.evaluate(
+        "async (source) => { eval(source); const all = await axe.run('#loratorio_txt2img');"
+        " return all.violations.map((each) => [each.id, each.impact, each.nodes.map((node) => node.html)]) }",
+        Path(axe).read_text(),
+    )
+    assert [each for each in found if each[1] in ("serious", "critical")] == []
