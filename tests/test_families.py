@@ -28,6 +28,7 @@ from tests.tiny_transformers import (
     STEPS,
     VARIANTS,
     arguments,
+    image_vae,
     make_pipeline,
     pack,
     unpack,
@@ -285,6 +286,34 @@ class TestGuidance:
             assert torch.equal(first, second)
             assert [step.index for step in composition.steps] == list(range(STEPS))
             assert composition.steps[0].weights.shape == (3, 2, 3, 5)
+
+
+def test_the_command_line(files, tmp_path):
+    """A folder of Flux, its LoRAs and its only sampler, as `loratorio generate` takes them."""
+    typer = pytest.importorskip("typer.testing")
+    from loratorio_ext.cli import app
+
+    make_pipeline("flux-dev", vae=image_vae()).save_pretrained(tmp_path / "model")
+    asked = [
+        "generate",
+        "--model",
+        tmp_path / "model",
+        "--prompt",
+        "a cat",
+        "--steps",
+        2,
+        "--size",
+        "64x64",
+        "--seed",
+        1,
+    ]
+    asked += [word for file in files("flux-dev") for word in ("--lora", file)]
+    asked += ["--device", "cpu", "--quiet", "--out", tmp_path / "flux.png"]
+    result = typer.CliRunner().invoke(app, [*map(str, asked), "--sampler", "Euler"])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "flux.png").is_file()
+    refused = typer.CliRunner().invoke(app, [*map(str, asked), "--sampler", "DDIM"])
+    assert refused.exit_code == 2 and "FluxPipeline follows a flow" in refused.output
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.pipeline)

@@ -255,6 +255,20 @@ def test_what_is_wrong_is_named(pipe, tmp_path, key, why):
         load_lora(pipe, tmp_path / "wrong.safetensors")
 
 
+def test_weights_that_cannot_be_looked_at(pipe, tmp_path):
+    file = write(tmp_path / "loha.safetensors", pipe, "loha")
+    small = make_pipeline("sd1")
+    small.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    with pytest.raises(UnsupportedError, match="loha .* quantised or offloaded"):
+        load_lora(small, file)
+
+
+def test_in_another_pipeline_than_it_was_loaded_for(pipe, tmp_path):
+    lora = load_lora(pipe, write(tmp_path / "loha.safetensors", pipe, "loha"))
+    with pytest.raises(UnsupportedError, match="another architecture"), composed(make_pipeline("sd2v"), [lora]):
+        pass
+
+
 def test_dora_of_peft(pipe, tmp_path):
     """Against the adapter that PEFT itself makes of it."""
     targets = ["attn1.to_q", "attn2.to_v", "ff.net.2"]

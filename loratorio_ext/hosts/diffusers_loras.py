@@ -128,8 +128,11 @@ def component_branches(
 
 def misfit(branch: Branch, layer: nn.Module | None) -> str | None:
     """Why a branch cannot belong to a layer, in words and shapes, or None where it can."""
-    if isinstance(branch, Delta):  # made for this layer
-        return None
+    if isinstance(branch, Delta):
+        if layer is None:
+            return "no such layer"
+        changed, own = tuple(branch.weight.shape), tuple(layer.weight.shape)
+        return None if changed == own else f"change {changed}; layer {own}"
     down, up = tuple(branch.down.shape), tuple(branch.up.shape)
     if layer is None:
         return f"no such layer (LoRA: down {down}, up {up})"
@@ -162,11 +165,12 @@ def check_fit(name: str, branches: Mapping[str, Branch], pipe: Any) -> None:
 def load_lora(
     pipe: Any, path: str | Path, te_weight: float = 1.0, unet_weight: float | None = None, name: str | None = None
 ) -> LoRA:
-    """A LoRA file (kohya, diffusers or PEFT layout) at its multipliers; ``unet_weight`` None: the text encoders' too.
+    """A LoRA file (kohya's, diffusers', PEFT's or LyCORIS' layout) at its multipliers, for text encoders and for UNet
+    or transformer; ``unet_weight`` None: the text encoders' too.
 
     Layers to which it adds nothing are left out. Raises `FileError` for what is no safetensors file, is no LoRA or
-    holds NaN or infinity, `UnsupportedError` for kinds that are no plain LoRA and for LoRAs of another architecture,
-    and `SettingsError` for multipliers that are no numbers in range.
+    holds NaN or infinity, `UnsupportedError` for kinds that are not known and for LoRAs of another architecture, and
+    `SettingsError` for multipliers that are no numbers in range.
     """
     path = Path(path)
     name = name or path.stem

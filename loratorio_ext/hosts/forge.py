@@ -24,7 +24,7 @@ from loratorio_ext.core import ComposedStep, Plan, Predictions, method_from
 from loratorio_ext.errors import UnsupportedError
 from loratorio_ext.generation import Generation
 from loratorio_ext.hosts.forge_backends import WRAPPER, backend_of
-from loratorio_ext.hosts.forge_company import Company, Watched, alone
+from loratorio_ext.hosts.forge_company import Company, Watched, alone, name_of
 from loratorio_ext.hosts.forge_loras import (
     NOTHING,
     LoadedLora,
@@ -194,6 +194,8 @@ class ForgeSampling:
         self.steps = 0
         self.calls: BatchedCalls | None = None
         self.at_work = False
+        self.asked: int | None = None
+        """The sampler's model call that was composed last."""
         model = self.p.sd_model
         unet = model.forge_objects.unet.clone()
         self.backend = backend_of(unet)
@@ -352,6 +354,10 @@ class ForgeSampling:
             ("isolation", *self.key), lambda: self.isolate(step.model, len(step.x))
         )
         denoiser = self.p.sampler.model_wrap_cfg
+        if denoiser.step == self.asked:
+            others = step.options.get("conditioning_modifiers", [])
+            raise self.refuse_call(named(dict.fromkeys(map(name_of, others))))
+        self.asked = denoiser.step
         acting = [index for index, acting in enumerate(acts) if acting]
         plan = plan_step(self.generation, self.method, denoiser, self.claims, acting)
         self.meet_company(step, denoiser.step)

@@ -50,9 +50,9 @@ class Company:
     """
 
     def __init__(self, model: Any, options: dict):
-        functions = list(functions_of(options.get("transformer_options", {})))
+        functions = dict.fromkeys(functions_of(options.get("transformer_options", {})))  # one may be at many places
         if WRAPPER in options:
-            functions.append(options[WRAPPER])
+            functions[options[WRAPPER]] = None
         others = company((model, *model.modules()), (model.apply_model, scaled_dot_product_attention))
         self.names = list(dict.fromkeys([*others, *map(name_of, functions)]))
 

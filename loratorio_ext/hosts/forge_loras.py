@@ -13,6 +13,7 @@ from loratorio_ext.errors import FileFormatError, UnsupportedError
 from loratorio_ext.generation import Generation
 from loratorio_ext.hosts.forge_backends import Backend
 from loratorio_ext.hosts.forge_patches import Patches, as_held, branches, strengths_of
+from loratorio_ext.hosts.neighbours import callers_of, named
 from loratorio_ext.hosts.pool_files import POOL_FILES
 from loratorio_ext.hosts.webui import asked_loras, leave_out, listed, pool_of
 from loratorio_ext.isolation import Branch, in_main_memory, is_finite, is_inert
@@ -166,8 +167,8 @@ def at_present_strengths(
         now = own if same else as_held(own, held)
     except ValueError as error:
         raise UnsupportedError(
-            "LoRAtorio: another extension has changed the LoRAs that the WebUI has loaded, and what it would make of a "
-            f"single one is not known ({error}); switch it off, or LoRAtorio"
+            f"LoRAtorio: {named(callers_of('cfg_denoiser'))} has changed the LoRAs that the WebUI has loaded, and what "
+            f"it would make of a single one is not known ({error}); switch it off, or LoRAtorio"
         ) from error
     return [replace(each, patches=patches) for each, patches in zip(loaded, now)]
 

@@ -177,7 +177,8 @@ def made_branch(
         down, up = parts["lora_down.weight"], parts["lora_up.weight"]
         return LowRank(down, up, alpha_by(parts, len(down)) * multiplier, parts.get("lora_mid.weight"))
     weight = layer.weight
-    if not weight.is_floating_point() or weight.is_meta or weight.element_size() < 2:
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and weight.element_size() > 1
+    if not plain or weight.is_meta:
         raise ValueError(f"{name} changes a layer that is quantised or offloaded")
     weight = weight.detach().to("cpu", torch.float32)
     try:

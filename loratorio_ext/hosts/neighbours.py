@@ -50,15 +50,20 @@ def functions_in(function: Any, depth: int = DEPTH) -> Iterator[CodeType]:
             yield from functions_in(inner, depth - 1)
 
 
+def place(path: Any) -> str:
+    """Where a path leads, in the one spelling that the system compares paths by."""
+    return os.path.normcase(os.path.realpath(path))
+
+
 def below(file: str, folder: Any) -> bool:
-    return file.startswith(os.path.join(os.path.realpath(folder), ""))
+    return file.startswith(os.path.join(place(folder), ""))
 
 
 @lru_cache(maxsize=4096)
 def owner_of_file(file: str) -> str | None:
     """Whose code lies in a file: an extension's name, or that of whatever else is neither the host's, nor a package's,
     nor our own."""
-    file = os.path.realpath(file)
+    file = place(file)
     if not os.path.isfile(file):  # made up as it ran
         return None
     if below(file, OURS):
@@ -76,14 +81,9 @@ def owner(function: Any) -> str | None:
     return next(filter(None, (owner_of_file(code.co_filename) for code in functions_in(function))), None)
 
 
-@lru_cache(maxsize=1024)
-def owner_for_kind(kind: type, forwards: tuple) -> str | None:
-    """The neighbour who has replaced a method of a class of modules; ``forwards`` are the methods as they are now."""
-    return next(filter(None, map(owner, forwards)), None)
-
-
-def forwards_of(kind: type) -> tuple:
-    return tuple(getattr(kind, name, None) for name in REPLACEABLE)
+def owner_of_kind(kind: type) -> str | None:
+    """The neighbour who has replaced a method of a class of modules."""
+    return next(filter(None, (owner(getattr(kind, name, None)) for name in REPLACEABLE)), None)
 
 
 def replacements(module: nn.Module) -> Iterator[Any]:
@@ -106,7 +106,7 @@ def company(modules: Iterable[nn.Module], others: Iterable[Callable] = ()) -> li
         for function in replacements(module):
             found[owner(function)] = None
     for kind in kinds:
-        found[owner_for_kind(kind, forwards_of(kind))] = None
+        found[owner_of_kind(kind)] = None
     for function in others:
         found[owner(function)] = None
     found.pop(None, None)
@@ -115,7 +115,7 @@ def company(modules: Iterable[nn.Module], others: Iterable[Callable] = ()) -> li
 
 def meddlers_with_loras() -> list[str]:
     """The neighbours that have replaced what applies the host's LoRAs, and so decide for themselves which ones act."""
-    found = (owner_for_kind(kind, forwards_of(kind)) for kind in PATCHED_BY_THE_HOST)
+    found = (owner_of_kind(kind) for kind in PATCHED_BY_THE_HOST)
     return list(dict.fromkeys(filter(None, found)))
 
 

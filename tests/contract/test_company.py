@@ -198,6 +198,16 @@ def test_what_was_picked_is_said_of_every_image(contract):
     assert np.array(composed.info["extra_generation_params"]["LoRAtorio steps"]["shares"]).shape[0] == 2
 
 
+def test_every_picture_has_a_seed_and_prompts(contract):
+    """By its place in the answer, as those look them up who share the work out over several WebUIs."""
+    composed = contract.composed({"show_maps": True}, prompt=TWO, batch_size=2)
+    assert len(composed.images) > 3
+    for name in ("all_prompts", "all_negative_prompts", "all_seeds", "infotexts"):
+        assert len(composed.info[name]) >= len(composed.images)
+    assert composed.info["all_seeds"][:2] == [1, 2]
+    assert set(composed.info["all_seeds"]) == {1, 2}
+
+
 @pytest.mark.parametrize("options", [{"preset": "paper"}, {"method": "composite"}, {"method": "switch"}], ids=str)
 def test_a_lora_that_does_nothing_takes_no_share(contract, options):
     """At weight 0 it is as if it were not named."""

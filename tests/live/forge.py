@@ -76,8 +76,8 @@ class Neo(Forge):
         *("--cpu", "--force-fp32", "--fp32-unet", "--fp32-vae", "--fp32-text-enc"),
     )
     lora_flag = "--lora-dirs"
-    upscaler = "Lanczos"
-    """it has no latent ones"""
+    upscaler = "None"
+    """it has no latent ones; this one resizes"""
 
     def __init__(self, host: Path, data: Path, checkpoint: Path, **options):
         super().__init__(host, data, checkpoint, **options)

@@ -1,4 +1,5 @@
-"""Side branches in Forge's own layers, where no checkpoint is small enough for a server: Flux, quantised weights."""
+"""Side branches in the layers of Forge and Forge Neo, where no checkpoint is small enough for a server: Flux on Forge,
+quantised weights on both."""
 
 import json
 import os
@@ -11,14 +12,21 @@ from tests.live.webui import host_python
 
 pytestmark = pytest.mark.live
 
+CASES = {
+    "FORGE": ("forge_layers.py", {"flux", "gguf", "float8"}),
+    "NEO": ("neo_layers.py", {"plain", "float8", "scaled_float8", "gguf"}),
+}
 
-def test_rows_are_what_merging_gives():
-    host = os.environ.get("LORATORIO_FORGE_DIR")
-    if not host:
-        pytest.skip("LORATORIO_FORGE_DIR does not name an installed Forge")
-    command = [host_python(Path(host), "FORGE"), Path(__file__).with_name("forge_layers.py").resolve()]
-    done = subprocess.run(command, cwd=host, capture_output=True, text=True)
+
+@pytest.mark.parametrize("host", CASES)
+def test_rows_are_what_merging_gives(host):
+    script, cases = CASES[host]
+    folder = os.environ.get(f"LORATORIO_{host}_DIR")
+    if not folder:
+        pytest.skip(f"LORATORIO_{host}_DIR does not name an installed WebUI")
+    command = [host_python(Path(folder), host), Path(__file__).with_name(script).resolve()]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     differences = json.loads(done.stdout.splitlines()[-1])
-    assert differences.keys() == {"flux", "gguf", "float8"}
+    assert differences.keys() == cases
     assert all(difference < 1e-3 for difference in differences.values()), differences

@@ -92,6 +92,12 @@ class Generation:
     """what the server says of the generation: ``infotexts``, ``all_seeds``, ``all_prompts``, ..."""
 
     @property
+    def made(self) -> list[np.ndarray]:
+        """The images without the grid before them, and without what extensions have put behind them."""
+        first = self.info["index_of_first_image"]
+        return self.images[first : first + len(self.info["all_seeds"])]
+
+    @property
     def infotext(self) -> str:
         """Generation parameters of the first image."""
         return self.info["infotexts"][0]

@@ -14,8 +14,9 @@ from tests.live.conftest import REFERENCE, ROOT, installed_host
 from tests.live.lora_files import CATALOGUE, Recipe, write_catalogue
 from tests.live.neighbours.company import Company, Difference
 from tests.live.neighbours.control_models import DETECTOR, write_control_models
-from tests.live.neighbours.folder import present, require
+from tests.live.neighbours.folder import NEIGHBOURS, present, require
 from tests.live.neighbours.report import table
+from tests.live.neighbours.rows import EVERYBODY, Row
 from tests.live.webui import RequestError, host_python, prepare_data_dir
 
 HERE = Path(__file__).parent
@@ -30,11 +31,14 @@ SETS = {
     "adetailer": ("adetailer", "dynamic-thresholding"),
     "dynamic-thresholding": ("adetailer", "dynamic-thresholding"),
     "built in": ("adetailer", "dynamic-thresholding"),
+    EVERYBODY: NEIGHBOURS,
 }
 """Who shares a server with whom: those that change nothing of the host until they are asked to."""
 
 LORAS = [recipe for recipe in CATALOGUE if recipe.name in ("lora", "locon", "unet_only", "dora")]
-OUTPUT_BLOCKS = Recipe("output_blocks", "lora", 1, 0.15, layers="lora_te|up_blocks")
+ATTENTION = Recipe("attention", "lora", 1, 0.15, layers="lora_te|attentions")
+OUTPUT_BLOCKS = Recipe("output_blocks", "lora", 1, 0.15, layers="lora_te|up_blocks.*attentions")
+"""The layers that LoRA Block Weight's presets speak of: all of them, and those that ``OUTALL`` keeps."""
 
 results: dict[str, dict] = {}
 """What the run found out, by row."""
@@ -61,7 +65,7 @@ def stock(tmp_path_factory) -> tuple[Path, Path]:
 
     by_host(HERE.parent / "tiny_checkpoints.py", "--host", host, "--out", models / "Stable-diffusion", FAMILY)
     checkpoint = models / "Stable-diffusion" / f"tiny-{FAMILY}.safetensors"
-    write_catalogue(checkpoint, models / "Lora", [*LORAS, OUTPUT_BLOCKS])
+    write_catalogue(checkpoint, models / "Lora", [*LORAS, ATTENTION, OUTPUT_BLOCKS])
     shutil.copy(models / "Lora" / "lora.safetensors", models / "Lora" / "twin.safetensors")
     write_loras_that_do_nothing(models / "Lora")
     if "controlnet" in present():
@@ -80,8 +84,9 @@ def open_company(stock, tmp_path_factory):
         folder = tmp_path_factory.mktemp("company")
         (folder / "models").symlink_to(models, target_is_directory=True)
         here = [path for name, path in present().items() if name in names]
-        ours = [ROOT, REFERENCE, HERE / "kit_extension"] if with_us else []
-        return Company(installed_host(), prepare_data_dir(folder, [*ours, *here]), checkpoint, names)
+        ours = [ROOT, REFERENCE] if with_us else []
+        data = prepare_data_dir(folder, [*ours, HERE / "kit_extension", *here])
+        return Company(installed_host(), data, checkpoint, names)
 
     return opened
 
@@ -91,8 +96,8 @@ def companies(open_company):
     """Function of a set's name to its `Company`; one server runs at a time, and tests are in the order of the sets."""
     opened: dict[tuple[str, ...], Company] = {}
 
-    def company_of(neighbour: str) -> Company:
-        names = SETS[neighbour]
+    def company_of(name: str) -> Company:
+        names = SETS[name]
         for other, company in opened.items():
             if other != names:
                 company.close()
@@ -109,14 +114,17 @@ def companies(open_company):
 def company(companies, row) -> Company:
     """The server with the row's neighbour in it."""
     require(row.neighbour, *row.also)
-    return companies(row.neighbour)
+    return companies(row.server)
 
 
 @pytest.fixture
 def clean(company, row):
-    """After the test the host's own image of the same prompt, with everything off, is what it was before it."""
+    """After the test the host's own image of the same prompt, with everything off, is what it was before it.
+
+    What the neighbour leaves behind by itself (the host's token merging stays on) is not ours to answer for.
+    """
     plain = {}, {"prompt": row.one}
-    before = company.by_itself(*plain).images
+    before = company.after_itself(row.request(row.one), plain).images
     yield
     try:
         difference = Difference.of(before, company.generate(*plain).images)
@@ -131,7 +139,7 @@ def clean(company, row):
 def server_of(item: pytest.Item) -> int:
     """Where the server that a test needs stands among all."""
     row = getattr(item, "callspec", None) and item.callspec.params.get("row")
-    return list(SETS.values()).index(SETS[row.neighbour]) if row else len(SETS)
+    return list(SETS.values()).index(SETS[row.server]) if row else len(SETS)
 
 
 @pytest.hookimpl(trylast=True)
@@ -143,13 +151,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]):
         items[place] = item
 
 
-def pytest_sessionfinish(session):
-    """Write what the run found out to the file that ``LORATORIO_NEIGHBOURS_RESULTS`` names, beside what is there."""
-    path = os.environ.get("LORATORIO_NEIGHBOURS_RESULTS")
-    if path and results:
+def record(row: Row, result: dict) -> None:
+    """Keep what was found out of a row, and write it to the file that ``LORATORIO_NEIGHBOURS_RESULTS`` names, beside
+    what is there."""
+    results[row.name] = result
+    if path := os.environ.get("LORATORIO_NEIGHBOURS_RESULTS"):
         file = Path(path)
         before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        file.write_text(json.dumps(before | results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(before | results, indent=1, ensure_ascii=False)
+        file.write_text(text + "\n", encoding="utf-8")
 
 
 def pytest_terminal_summary(terminalreporter):

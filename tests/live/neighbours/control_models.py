@@ -1,8 +1,8 @@
-"""Tiny random ControlNet models for a tiny checkpoint, and a random detector for ADetailer.
+"""Tiny random ControlNet models for a tiny checkpoint, and a blind detector for ADetailer.
 
 Weights depend on the checkpoint alone. The detector is written by the host's Python, which has ultralytics::
 
-    HOST/venv/bin/python tests/live/neighbours/control_models.py models/adetailer/random.pt
+    HOST/venv/bin/python tests/live/neighbours/control_models.py models/adetailer/blind.pt
 """
 
 import sys
@@ -22,7 +22,7 @@ HINT_CHANNELS = (3, 16, 16, 32, 32, 96, 96, 256)
 PIXELS = 3 * 8 * 8
 """What a T2I adapter sees at one place of the latent: the pixels below it."""
 
-DETECTOR = "random.pt"
+DETECTOR = "blind.pt"
 
 
 def convolution(name: str, out: int, channels: int, size: int, gain: float = 1.0) -> dict[str, Tensor]:
@@ -83,12 +83,19 @@ def write_control_models(checkpoint: Path, folder: Path) -> None:
 
 
 def write_detector(path: Path) -> None:
-    """An untrained detector: at confidence 0 it finds boxes everywhere."""
+    """A detector that finds the same boxes in every image, at confidence 0: its last layers see nothing.
+
+    One with random weights throughout would find others as soon as one pixel is rounded the other way.
+    """
     from ultralytics import YOLO
 
     torch.manual_seed(0)
+    detector = YOLO("yolov8n.yaml")
+    head = detector.model.model[-1]
+    for branch in (*head.cv2, *head.cv3):
+        torch.nn.init.zeros_(branch[-1].weight)
     path.parent.mkdir(parents=True, exist_ok=True)
-    YOLO("yolov8n.yaml").save(path)
+    detector.save(path)
 
 
 if __name__ == "__main__":

@@ -32,10 +32,11 @@ What LoRAtorio does when another extension is active in the same generation, on 
 run's results ({file}) by `python -m tests.live.neighbours.report`; the run drove a real WebUI with the
 real extensions in it, on a CPU, with tiny random models.
 
-- **right**: with one LoRA and `base_share` 0 the image is the WebUI's own with the other extension active, but for
-  rounding; the difference is given in grey levels of 255, the largest one and the mean.
+- **right**: the image is the WebUI's own with the other extension active, but for rounding: with one LoRA, with it and
+  its copy (both at `base_share` 0), and with the method that takes only the first LoRA's turn. *Difference*: the
+  largest and the mean one of the worst of the three, in grey levels of 255.
 - **refuses**: the generation stops with an error that names the other extension.
-- **differs**, **fails**: a defect.
+- **differs**, **fails**: a defect; bold are results other than promised.
 
 *Time* is what the composed generation takes with the other extension, in generations composed without it; one
 measurement each, so a hint and no more. *Calls* are calls of the UNet in those two generations, where more of them are
@@ -64,21 +65,22 @@ def table(results: Results) -> str:
 
 
 def document(results: Results, file: str) -> str:
-    """The whole page; neighbours in the order of the results."""
+    """The whole page; neighbours in the order of ``TITLES``."""
     parts = [INTRODUCTION.format(file=f"`{file}`")]
-    for neighbour, group in groupby(results.items(), key=lambda item: item[1]["neighbour"]):
+    by_neighbour = sorted(results.items(), key=lambda item: list(TITLES).index(item[1]["neighbour"]))
+    for neighbour, group in groupby(by_neighbour, key=lambda item: item[1]["neighbour"]):
         rows = dict(group)
         version = next(iter(rows.values()))["version"]
-        title = TITLES.get(neighbour, neighbour)
+        title = TITLES[neighbour]
         parts.append(f"## {title}{f', {version}' if version else ''}\n\n{table(rows)}\n")
     return "\n".join(parts)
 
 
 def in_order(results: Results) -> Results:
-    """The results in the order of the table of rows; rows that are no longer there are dropped."""
+    """The results in the order of the table of rows, with what that promises now; rows that are gone are dropped."""
     from tests.live.neighbours.rows import TABLE
 
-    return {row.name: results[row.name] for row in TABLE if row.name in results}
+    return {row.name: {**results[row.name], "expected": row.expected} for row in TABLE if row.name in results}
 
 
 def main() -> None:

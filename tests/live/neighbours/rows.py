@@ -14,11 +14,13 @@ import numpy as np
 from tests.live.webui import encode_image
 
 RIGHT, REFUSES = "right", "refuses"
+EVERYBODY = "everybody"
 
 ONE = "a cat on a hill <lora:lora:0.8>"
 TWO = f"{ONE} <lora:locon:0.8>"
 HIRES = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7}
 LARGE = {"width": 192, "height": 192, "steps": 4}
+LARGER = {"width": 256, "height": 256, "steps": 3}
 
 
 def picture(size: int = 64) -> np.ndarray:
@@ -94,14 +96,18 @@ def tiled(method: str, batch: int = 4, regions: Sequence[list] = ()) -> dict:
 
 
 def adetailer(**more) -> dict:
-    """A detector that finds something in every image, and one box of it painted anew."""
-    detail = {"ad_model": "random.pt", "ad_confidence": 0.0, "ad_mask_k": 1, "ad_denoising_strength": 0.6}
+    """A detector that finds the same in every image, and one box of it painted anew."""
+    detail = {"ad_model": "blind.pt", "ad_confidence": 0.0, "ad_mask_k": 1, "ad_denoising_strength": 0.6}
     size = {"ad_use_inpaint_width_height": True, "ad_inpaint_width": 64, "ad_inpaint_height": 64}
     return {"adetailer": {"args": [True, False, detail | size | more]}}
 
 
 def dynamic_thresholding(mimic: float, percentile: float = 99.0) -> dict:
     return {"dynamic thresholding (cfg scale fix)": {"args": [True, mimic, percentile]}}
+
+
+def host_options(**values) -> dict:
+    return {"override_settings": values}
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,9 @@ class Row:
     two: str = TWO
     """the prompt with two LoRAs; empty: a prompt with two has no meaning in this mode"""
 
+    always: bool = True
+    """whether the first LoRA acts in every step: where it does not, it has no turn"""
+
     brute_force: bool = False
     """whether the brute-force reference itself is right in this company (a test asks it, too)"""
 
@@ -132,6 +141,14 @@ class Row:
 
     also: tuple[str, ...] = ()
     """other neighbours that must be there, too"""
+
+    crowd: bool = False
+    """whether it is tried where every neighbour is installed"""
+
+    @property
+    def server(self) -> str:
+        """The set of neighbours that it is tried with."""
+        return EVERYBODY if self.crowd else self.neighbour
 
     @property
     def name(self) -> str:
@@ -247,6 +264,7 @@ REGIONAL_PROMPTER = [
         "Latent, the LoRA in one region",
         regional_prompter("Latent"),
         {"prompt": "a cat <lora:lora:0.8> BREAK a hill"},
+        expected=REFUSES,  # the LoRAs act where it says, call by call
         two="",
     ),
     Row(
@@ -254,6 +272,7 @@ REGIONAL_PROMPTER = [
         "Latent, batch of 2",
         regional_prompter("Latent"),
         {"prompt": "a cat <lora:lora:0.8> BREAK a hill", "batch_size": 2},
+        expected=REFUSES,  # the LoRAs act where it says, call by call
         two="",
     ),
 ]
@@ -265,9 +284,16 @@ TILED_DIFFUSION = [
     Row("multidiffusion", "Mixture of Diffusers, tile batch 4", tiled("Mixture of Diffusers"), LARGE),
     Row("multidiffusion", "batch of 2", tiled("MultiDiffusion"), LARGE | {"batch_size": 2}, brute_force=True),
     Row("multidiffusion", "DDIM", tiled("MultiDiffusion"), LARGE | {"sampler_name": "DDIM"}),
-    Row("multidiffusion", "Region Prompt Control", tiled("MultiDiffusion", 4, BESIDE), LARGE),
-    Row(
-        "multidiffusion", "Region Prompt Control, Mixture of Diffusers", tiled("Mixture of Diffusers", 4, BESIDE), LARGE
+    *(
+        Row(
+            "multidiffusion",
+            f"Region Prompt Control, {method}",
+            tiled(method, 4, BESIDE),
+            LARGE,
+            expected=REFUSES,  # regions have texts and LoRAs of their own
+            two="",
+        )
+        for method in ("MultiDiffusion", "Mixture of Diffusers")
     ),
     Row(
         "multidiffusion", "beside ControlNet", tiled("MultiDiffusion") | controlnet(unit()), LARGE, also=("controlnet",)
@@ -286,8 +312,17 @@ LORACTL = [
     Row(
         "loractl",
         "a rising weight",
-        payload={"prompt": "a cat on a hill <lora:lora:0@0,1@1>"},
-        two="a cat on a hill <lora:lora:0@0,1@1> <lora:locon:1@0,0@1>",
+        payload={"prompt": "a cat on a hill <lora:lora:0.3@0,1@0.5>"},
+        two="a cat on a hill <lora:lora:0.3@0,1@0.5> <lora:locon:1@0,0@1>",
+        brute_force=True,
+        unlike={"prompt": "a cat on a hill <lora:lora:1>"},
+    ),
+    Row(
+        "loractl",
+        "a weight that starts at zero",
+        payload={"prompt": "a cat on a hill <lora:lora:0@0,2@0.5>"},
+        two="a cat on a hill <lora:lora:0@0,2@0.5> <lora:locon:0.8>",
+        always=False,
         brute_force=True,
         unlike={"prompt": "a cat on a hill <lora:lora:1>"},
     ),
@@ -318,15 +353,16 @@ BLOCK_WEIGHT = [
 ]
 
 ADETAILER = [
-    Row("adetailer", "one image", adetailer(), brute_force=False),
-    Row("adetailer", "a batch of 2", adetailer(), {"batch_size": 2}),
-    Row("adetailer", "two batches", adetailer(), {"n_iter": 2}),
+    # By default it runs few scripts when it paints anew, and not ours: two LoRAs are merged there.
+    Row("adetailer", "one image", adetailer(), two=""),
+    Row("adetailer", "a batch of 2", adetailer(), {"batch_size": 2}, two=""),
+    Row("adetailer", "two batches", adetailer(), {"n_iter": 2}, two=""),
     Row("adetailer", "a prompt of its own", adetailer(ad_prompt="a dog <lora:locon:0.8>"), two=""),
+    Row("adetailer", "with our script among those it runs", adetailer(), host_options(ad_script_names="loratorio")),
 ]
 
 DYNAMIC_THRESHOLDING = [
     Row("dynamic-thresholding", "mimic scale 4", dynamic_thresholding(4.0), brute_force=True),
-    Row("dynamic-thresholding", "UniPC", dynamic_thresholding(4.0), {"sampler_name": "UniPC"}),
     Row(
         "dynamic-thresholding",
         "DPM++ 2M, batch of 2",
@@ -340,10 +376,6 @@ IMAGE = {"image": picture(), "denoising_strength": 0.8}
 MASKED = IMAGE | {"mask": LEFT_HALF, "mask_blur": 4, "inpainting_fill": 1}
 
 
-def option(name: str, value: Any) -> dict:
-    return {"override_settings": {name: value}}
-
-
 BUILT_IN = [
     Row(
         "built in",
@@ -355,14 +387,14 @@ BUILT_IN = [
     Row(
         "built in",
         "hypertile",
-        payload=LARGE | option("hypertile_enable_unet", True),
-        unlike=option("hypertile_enable_unet", False),
+        payload=LARGER | host_options(hypertile_enable_unet=True, hypertile_max_tile_unet=128),
+        unlike=host_options(hypertile_enable_unet=False),
     ),
     Row(
         "built in",
         "token merging",
-        payload=LARGE | option("token_merging_ratio", 0.5),
-        unlike=option("token_merging_ratio", 0.0),
+        payload=LARGE | host_options(token_merging_ratio=0.5),
+        unlike=host_options(token_merging_ratio=0.0),
     ),
     Row(
         "built in",
@@ -378,6 +410,36 @@ BUILT_IN = [
     ),
 ]
 
+CROWD = [
+    Row(
+        "regional-prompter",
+        "Attention, with ControlNet",
+        regional_prompter("Attention") | controlnet(unit()),
+        {"prompt": REGIONS},
+        two=TWO_REGIONS,
+        also=("controlnet",),
+        crowd=True,
+    ),
+    Row(
+        "lora-block-weight",
+        "starts at step 3, with ControlNet",
+        controlnet(unit()),
+        {"prompt": "a cat on a hill <lora:lora:1:lbw=ALL:start=3>"},
+        two="a cat on a hill <lora:lora:1:lbw=ALL:start=3> <lora:locon:0.8>",
+        also=("controlnet",),
+        crowd=True,
+    ),
+    Row(
+        "dynamic-thresholding",
+        "mimic scale 4, with ControlNet's reference_only",
+        dynamic_thresholding(4.0) | controlnet(reference("reference_only")),
+        also=("controlnet",),
+        crowd=True,
+    ),
+    Row("adetailer", "with ControlNet", adetailer() | controlnet(unit()), two="", also=("controlnet",), crowd=True),
+]
+"""Several at once, where all are installed."""
+
 TABLE = [
     *CONTROLNET,
     *REGIONAL_PROMPTER,
@@ -386,5 +448,6 @@ TABLE = [
     *BLOCK_WEIGHT,
     *ADETAILER,
     *DYNAMIC_THRESHOLDING,
+    *CROWD,
     *BUILT_IN,
 ]

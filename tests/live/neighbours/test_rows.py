@@ -9,9 +9,9 @@ from dataclasses import asdict
 
 import pytest
 
-from tests.contract.rows import TOLERANCE, largest, mean
-from tests.live.neighbours import conftest
+from tests.contract.rows import TOLERANCE
 from tests.live.neighbours.company import Difference, refusal
+from tests.live.neighbours.conftest import record
 from tests.live.neighbours.folder import NEIGHBOURS, version
 from tests.live.neighbours.rows import REFUSES, RIGHT, TABLE, Row
 from tests.live.webui import RequestError
@@ -28,9 +28,12 @@ Found = Difference | RequestError
 
 def attempts(row: Row) -> dict[str, tuple[str, dict]]:
     """Prompts and options that must all give the host's own image of one LoRA."""
-    one = {"one LoRA": (row.one, {"base_share": 0})}
-    two = {"it and its copy": (row.twins, {"base_share": 0}), "the first of two": (row.two, FIRST)}
-    return one | two if row.two and row.expected == RIGHT else one
+    found = {"one LoRA": (row.one, {"base_share": 0})}
+    if row.two and row.expected == RIGHT:
+        found["it and its copy"] = row.twins, {"base_share": 0}
+        if row.always:
+            found["the first of two"] = row.two, FIRST
+    return found
 
 
 def outcome(row: Row, found: Found) -> str:
@@ -55,7 +58,8 @@ def report(row: Row, found: dict[str, Found]) -> dict:
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
 def test_row(company, row):
     host = company.by_itself(*row.request(row.one)).images
-    assert mean(host, company.by_itself(*row.request(row.without)).images) > VISIBLE, "the LoRA is not seen"
+    no_lora = company.by_itself(*row.request(row.without)).images
+    assert Difference.of(host, no_lora).mean > VISIBLE, "the LoRA is not seen"
     if row.unlike is not None:
         without = company.by_itself(*row.request_without_neighbour(row.one)).images
         assert Difference.of(host, without).mean > VISIBLE, "the neighbour is not seen"
@@ -67,17 +71,22 @@ def test_row(company, row):
             found[name] = Difference.of(host, took[name].generation.images)
         except RequestError as error:
             found[name] = error
-    result = conftest.results[row.name] = report(row, found)
-    for name, each in found.items():
-        log = "\n".join(company.log().splitlines()[-25:])
-        said = f"{row.name}: {name}: {outcome(row, each)}: {each}\nthe server's log ends with\n{log}"
-        assert outcome(row, each) == row.expected, said
-
+    result = report(row, found)
     if "it and its copy" in took:
         both, options = took["it and its copy"], attempts(row)["it and its copy"][1]
         alone = company.cost(*row.request_without_neighbour(row.twins), **options)
         result["time"] = round(both.seconds / alone.seconds, 2)
         result |= {"calls": both.calls, "calls without": alone.calls, "rows": both.rows, "rows without": alone.rows}
+    record(row, result)
+
+    if result["outcome"] == "differs":
+        again = Difference.of(host, company.generate(*row.request(row.one)).images)
+        assert again.rounding, f"the host by itself makes another image the second time: {again}"
+    log = "\n".join(company.log().splitlines()[-25:])
+    broken = [
+        f"{name}: {outcome(row, each)}: {each}" for name, each in found.items() if outcome(row, each) != row.expected
+    ]
+    assert not broken, "\n".join([row.name, *broken, "the server's log ends with", log])
 
 
 @pytest.mark.parametrize("row", [row for row in TABLE if row.brute_force], ids=lambda row: row.name)
@@ -87,5 +96,37 @@ def test_brute_force(company, row):
     assert Difference.of(host, trusted).rounding, "the reference itself is not right in this company"
     composed = company.composed(*row.request(row.two)).images
     reference = company.brute_force(*row.request(row.two)).images
-    assert largest(composed, reference) <= TOLERANCE
-    assert mean(composed, company.by_itself(*row.request(row.two)).images) > VISIBLE
+    assert Difference.of(composed, reference).largest <= TOLERANCE
+    assert Difference.of(composed, company.by_itself(*row.request(row.two)).images).mean > VISIBLE
+
+
+CHOSEN = {
+    "controlnet": ("Balanced", "reference_only"),
+    "regional-prompter": ("Attention",),
+    "multidiffusion": ("MultiDiffusion, tile batch 4",),
+    "loractl": ("a weight for the first fifth",),
+}
+OPTIONS = {
+    "start 0.5": {"start": 0.5},
+    "end 0.5": {"end": 0.5},
+    "refresh 1": {"refresh": 1, "warmup": 0},
+    "reselect_every 2": {"top_k": 1, "reselect_every": 2},
+    "base_share 1": {"base_share": 1.0},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(
+    "row", [row for row in TABLE if row.mode in CHOSEN.get(row.neighbour, ())], ids=lambda row: row.name
+)
+def test_options(company, row, options):
+    """Steps that are merged, partly evaluated, or picked from: right with one LoRA; with two as by brute force."""
+    host = company.by_itself(*row.request(row.one)).images
+    if "base_share" not in options:
+        one = company.composed(*row.request(row.one), base_share=0, **options).images
+        difference = Difference.of(host, one)
+        assert difference.rounding, f"one LoRA: {difference}"
+    two = company.composed(*row.request(row.two), **options).images
+    if row.brute_force:
+        reference = company.brute_force(*row.request(row.two), **options).images
+        assert Difference.of(two, reference).largest <= TOLERANCE

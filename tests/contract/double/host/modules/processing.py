@@ -381,13 +381,14 @@ class Processed:
         self.images, self.infotexts = images, list(infotexts)
         self.index_of_first_image = 0
         self.comments = "".join(f"{comment}\n" for comment in p.comments)
+        self.all_prompts = p.all_prompts or [p.prompt]
+        self.all_negative_prompts = p.all_negative_prompts or [p.negative_prompt]
+        self.all_seeds = p.all_seeds or [p.seed]
+        self.all_subseeds = p.all_subseeds or [p.subseed]
         self.said = {
             "prompt": p.prompt,
-            "all_prompts": p.all_prompts or [p.prompt],
             "negative_prompt": p.negative_prompt,
-            "all_negative_prompts": p.all_negative_prompts or [p.negative_prompt],
-            "seed": (p.all_seeds or [p.seed])[0],
-            "all_seeds": p.all_seeds or [p.seed],
+            "seed": self.all_seeds[0],
             "width": p.width,
             "height": p.height,
             "sampler_name": p.sampler_name,
@@ -395,11 +396,11 @@ class Processed:
             "steps": p.steps,
             "batch_size": p.batch_size,
             "extra_generation_params": p.extra_generation_params,
-            "infotexts": self.infotexts,
         }
 
     def js(self) -> str:
-        return json.dumps(self.said, default=lambda value: None)
+        lists = ("all_prompts", "all_negative_prompts", "all_seeds", "all_subseeds", "infotexts")
+        return json.dumps(self.said | {name: getattr(self, name) for name in lists}, default=lambda value: None)
 
 
 def create_infotext(p: StableDiffusionProcessing, index: int) -> str:
