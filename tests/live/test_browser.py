@@ -41,8 +41,8 @@ def browser():
 @pytest.fixture
 def page(webui, browser, request):
     page = browser.new_page(viewport={"width": 1240, "height": 1100})
-    errors = []
-    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.errors = errors = []
+    page.on("pageerror", lambda error: errors.append(f"{error}\n{error.stack}"))
     page.goto(webui.url, wait_until="domcontentloaded")
     page.wait_for_selector("#loratorio_txt2img-visible-checkbox")
     yield page
@@ -102,11 +102,13 @@ def test_generate_and_see_who_painted_what_and_read_it_back(page):
     for name, value in (("width", "64"), ("height", "64"), ("steps", "4")):
         page.fill(f"#txt2img_{name} input[type=number]", value)
         page.keyboard.press("Tab")
+    page.wait_for_timeout(3000)
+    page.errors.clear()  # the host's own, for every change of width or height, with our panel closed, too
     page.check("#loratorio_txt2img_show_maps input")
     page.click("#txt2img_generate")
     thumbnails = page.locator("#txt2img_gallery .thumbnails button img")
     playwright.expect(thumbnails).to_have_count(4, timeout=120_000)
-    text = page.locator("#html_info_txt2img").inner_text()
+    text = page.locator("#html_info_txt2img").first.inner_text()
     assert "LoRAtorio version: " in text and "LoRAtorio show maps: True" in text
     page.uncheck("#loratorio_txt2img_show_maps input")
     page.fill("#txt2img_prompt textarea", text.partition("Time taken")[0])
