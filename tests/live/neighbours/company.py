@@ -19,7 +19,7 @@ STEPS = 6
 LARGEST = 1
 """Grey levels of 255 that rounding may make, at one pixel of an image that must be the same."""
 
-MEAN = 0.05
+MEAN = 0.1
 """The same in the mean over all pixels."""
 
 

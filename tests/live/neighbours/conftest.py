@@ -57,6 +57,7 @@ def write_loras_that_do_nothing(folder: Path) -> None:
 @pytest.fixture(scope="session")
 def stock(tmp_path_factory) -> tuple[Path, Path]:
     """A folder of models for every server: a tiny checkpoint, LoRAs, control models, a detector; the checkpoint."""
+    require()
     host, models = installed_host(), tmp_path_factory.mktemp("stock") / "models"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "YOLO_OFFLINE": "true"}
 

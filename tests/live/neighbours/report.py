@@ -28,9 +28,9 @@ TITLES = {
 INTRODUCTION = """\
 # Beside other extensions
 
-What LoRAtorio does when another extension is active in the same generation, on AUTOMATIC1111 1.10. Made from the last
-run's results ({file}) by `python -m tests.live.neighbours.report`; the run drove a real WebUI with the
-real extensions in it, on a CPU, with tiny random models.
+What LoRAtorio does when another extension is active in the same generation, on AUTOMATIC1111 1.10. Made from the
+latest result of each row ({file}) by `python -m tests.live.neighbours.report`; the runs drove a
+real WebUI with the real extensions in it, on a CPU, with tiny random models.
 
 - **right**: the image is the WebUI's own with the other extension active, but for rounding: with one LoRA, with it and
   its copy (both at `base_share` 0), and with the method that takes only the first LoRA's turn. *Difference*: the
