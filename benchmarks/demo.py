@@ -63,9 +63,12 @@ class Block:
 
 
 def weight_block(heading: str, painting: Painting, names: Sequence[str], columns: int) -> Block:
-    """Each LoRA's weights in the first image, at some of the steps."""
+    """Each LoRA's weights in the first image, at some of the steps; all of them take part in all."""
     steps = [painting.steps[i] for i in chosen_steps(len(painting.steps), columns)]
-    rows = {name: [heat_map(step.weights[i, 0], SIZE) for step in steps] for i, name in enumerate(names)}
+    rows = {
+        name: [heat_map(step.weights[step.plan.members.index(i), 0], SIZE) for step in steps]
+        for i, name in enumerate(names)
+    }
     return Block(heading, [f"step {step.index + 1}" for step in steps], rows)
 
 

@@ -50,12 +50,16 @@ def psnr(images: Sequence[Any], exact: Sequence[Any]) -> list[float]:
 
 
 def step_statistics(steps: Sequence[Any]) -> dict[str, list[float]]:
-    """Step by step, the mean similarity to the base model and its spread over the LoRAs; each LoRA's mean weight."""
+    """Step by step, the mean similarity to the base model and its spread over the LoRAs; each LoRA's mean weight, 0 in
+    steps in which it took no part."""
     weighed = [step for step in steps if step.weights is not None]
     if not weighed:
         return {}
+    weights = np.zeros((len(weighed), len(weighed[0].loras)))
+    for row, step in zip(weights, weighed):
+        row[list(step.plan.members)] = step.weights.flatten(1).mean(1).numpy()
     return {
         "similarity": figures(step.similarity.mean() for step in weighed),
         "spread": figures(step.similarity.std(dim=0, correction=0).mean() for step in weighed),
-        "weights": figures(np.mean([step.weights.flatten(1).mean(1).numpy() for step in weighed], axis=0)),
+        "weights": figures(weights.mean(axis=0)),
     }

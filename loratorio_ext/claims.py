@@ -7,7 +7,7 @@ the option ``everywhere``, too. Importing this module needs no host.
 import io
 from base64 import b64decode
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -100,16 +100,41 @@ def share_of(claims: Iterable[Claim]) -> Tensor | None:
     return None if all(share == 1 for share in shares) else torch.tensor(shares)
 
 
+def places_and_shares(claims: Sequence[Claim], like: Tensor) -> dict[str, Tensor | None]:
+    """``place`` and ``share`` of `Predictions`, in latents of the size and on the device of ``like [..., H, W]``."""
+    found = {"place": place_of(claims, *like.shape[-2:]), "share": share_of(claims)}
+    return {name: None if each is None else each.to(like.device) for name, each in found.items()}
+
+
+MERGE_HEEDS_NONE = "method merge knows no place, share or steps of a LoRA: all act everywhere, all the time"
+
+
+def not_heeded(method: str, claims: Iterable[Claim]) -> str | None:
+    """What the method cannot make of these claims, in words for the user."""
+    claims = list(claims)
+    if method == "merge" and any(replace(claim, base=False) != Claim() for claim in claims):
+        return MERGE_HEEDS_NONE
+    if method == "switch" and any(claim.placed or claim.share != 1 for claim in claims):
+        return "method switch knows no place and no share of a LoRA: whose turn it is has the whole image"
+    return None
+
+
 # --- from tags and options --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Tagged:
     """A LoRA that is active in an image. ``items``: what its tag holds after ``lora:``, split at the colons; none for
-    the LoRAs of a pool."""
+    the LoRAs of a pool. ``parts``: checked parts that were given along with it otherwise."""
 
     lora: Listed
     items: tuple[str, ...] = ()
+    parts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """How errors name it."""
+        return tag_text(self.items) if self.items else self.lora.name
 
 
 @dataclass(frozen=True)
@@ -143,31 +168,37 @@ def option_parts(loras: Mapping[str, Mapping[str, Any]], active: Sequence[Listed
     return found
 
 
-def claims_of(settings: Any, tagged: Sequence[Tagged]) -> Claims:
-    """The active LoRAs' claims by their tags and the options ``loras`` and ``everywhere`` of ``settings``.
-
-    Raises `SettingsError` for a part that is not allowed, which names it, and for a LoRA in every pass that is given a
-    place, a share or steps of its own.
-    """
+def parts_said(settings: Any, tagged: Sequence[Tagged]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The parts of the active LoRAs' claims, and what of the options is `Claims.unused`; see `claims_of`."""
     active = [each.lora for each in tagged]
     by_option = option_parts(settings.loras, active)
     in_every_pass = {lora.file: entry for entry in settings.everywhere for lora in meant(entry, active)}
-    claims = []
+    found = []
     for each in tagged:
         name, parts = by_option.get(each.lora.file, ("", {}))
-        in_tag = parts_of_tag(each.items)
+        in_tag = {**parts_of_tag(each.items), **each.parts}
         said = {**parts, **in_tag}
         base = said.pop("base", each.lora.file in in_every_pass)
         if base and said:
             part = next(iter(said))
-            where = tag_text(each.items) if part in in_tag else f"loras.{name}"
+            where = each.text if part in in_tag else f"loras.{name}"
             raise SettingsError(
                 f"LoRAtorio: {where} says {part} of a LoRA that is in every pass, where it shares nothing; leave out "
                 f"{part}, or what puts it into every pass (base, or everywhere)",
                 field=f"{part} in {where}",
                 value=said[part],
             )
-        claims.append(Claim.of({**said, "base": base}))
+        found.append({**said, "base": True} if base else said)
     unused = [f"loras.{name}" for name in settings.loras if not meant(name, active)]
     unused += [f"everywhere: {entry}" for entry in settings.everywhere if not meant(entry, active)]
-    return Claims(tuple(claims), tuple(unused))
+    return found, unused
+
+
+def claims_of(settings: Any, tagged: Sequence[Tagged]) -> Claims:
+    """The active LoRAs' claims by their tags and the options ``loras`` and ``everywhere`` of ``settings``.
+
+    Raises `SettingsError` for a part that is not allowed, which names it, and for a LoRA in every pass that is given a
+    place, a share or steps of its own.
+    """
+    said, unused = parts_said(settings, tagged)
+    return Claims(tuple(map(Claim.of, said)), tuple(unused))

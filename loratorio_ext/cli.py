@@ -10,7 +10,7 @@ import random
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +19,7 @@ from loratorio_ext import __version__
 from loratorio_ext.errors import FileFormatError, LoRAtorioError, UnsupportedError
 from loratorio_ext.generation import NOTE_KEY
 from loratorio_ext.hosts.devices import DTYPES, OFFLOADS, check_choice, check_offload, place, where_to_compute
-from loratorio_ext.infotext import LoraToken, infotext, join_prompt, split_prompt
+from loratorio_ext.infotext import infotext, join_prompt, split_prompt
 from loratorio_ext.pool import Member
 from loratorio_ext.samplers import SAMPLERS, Sampler, Sampling, parse_sampler, schedule_type
 from loratorio_ext.settings import OPTIONS, PRESETS, Settings
@@ -49,6 +49,7 @@ try:
         Requested,
         blaming,
         find_model,
+        listed_file,
         parse_size,
         pool_members,
         requested_loras,
@@ -155,15 +156,32 @@ class Request:
         return f"{self.sampler.name} Karras" if self.karras else self.sampler.name
 
 
-def load_loras(host: Any, pipe: Any, request: Request, notes: Notes) -> tuple[list[Any], list[Any], dict[str, str]]:
+def parts_by_file(request: Request, notes: Notes) -> dict[str, dict[str, Any]]:
+    """The parts of every LoRA's claim, by its tag and the options ``loras`` and ``everywhere``."""
+    from loratorio_ext.claims import Tagged, parts_said  # only now: importing torch takes a while
+
+    folder = request.model.lora_dir
+    tagged = [Tagged(listed_file(each.path, folder), parts=each.parts) for each in request.loras]
+    tagged += [Tagged(member.lora) for member in request.members]
+    said, unused = parts_said(request.settings, tagged)
+    for name in unused:
+        notes.add(f"{name} is no LoRA of this image")
+    return {each.lora.file: parts for each, parts in zip(tagged, said)}
+
+
+def load_loras(
+    host: Any, pipe: Any, request: Request, parts: Mapping[str, Mapping[str, Any]], notes: Notes
+) -> tuple[list[Any], list[Any], dict[str, str]]:
     """The LoRAs asked for, in order, those of the pool that fit, and why others of it are left out, by name."""
     asked, pooled, left_out = [], [], {}
     for lora in request.loras:
         with blaming("lora", str(lora.path)):
-            asked.append(host.load_lora(pipe, lora.path, lora.te_weight, lora.unet_weight))
+            file, weights = str(lora.path), (lora.te_weight, lora.unet_weight)
+            asked.append(host.load_lora(pipe, file, *weights, **parts[file]))
     for member in request.members:
         try:
-            lora = host.load_lora(pipe, member.lora.file, member.text, member.unet, member.lora.name)
+            file, weights = member.lora.file, (member.text, member.unet)
+            lora = host.load_lora(pipe, file, *weights, member.lora.name, **parts[file])
             pooled.append(replace(lora, pooled=True))
         except (FileFormatError, UnsupportedError) as error:
             left_out[member.lora.path] = error.detail
@@ -202,8 +220,11 @@ def check_image(finite: bool, when: str) -> None:
 def compose(
     host: Any, pipe: Any, loras: Sequence[Any], request: Request, on_step: Callable[[Any], None], notes: Notes
 ) -> list[Any]:
-    """The images of a request."""
-    with host.composed(pipe, loras, replace(request.settings, pool=()), on_step):
+    """The images of a request, whose pool is among the LoRAs and whose claims they bring along."""
+    settings = replace(request.settings, pool=(), loras={}, everywhere=())
+    with host.composed(pipe, loras, settings, on_step) as composition:
+        for note in composition.notes:
+            notes.add(note)
         result = pipe(
             prompt=request.prompt,
             negative_prompt=request.negative,
@@ -249,6 +270,7 @@ def paint(request: Request, device: str | None, dtype: str | None, offload: str,
     device, dtype = where_to_compute(device, dtype)
     check_offload(offload, device)
     libraries.silence_imports()
+    parts = parts_by_file(request, notes)
 
     from loratorio_ext.heatmaps import pictures
     from loratorio_ext.hosts import diffusers as host  # only now: importing diffusers takes seconds
@@ -260,7 +282,7 @@ def paint(request: Request, device: str | None, dtype: str | None, offload: str,
         host.check_supported(pipe)
     pipe.set_progress_bar_config(disable=notes.quiet)
     pipe.scheduler = host.scheduler_for(pipe, request.sampler_name)
-    asked, pooled, left_out = load_loras(host, pipe, request, notes)
+    asked, pooled, left_out = load_loras(host, pipe, request, parts, notes)
     loras = [lora for lora in (*asked, *pooled) if lora.branches]
     inert = [lora.name for lora in (*asked, *pooled) if not lora.branches]
     for name in inert:
@@ -277,14 +299,13 @@ def paint(request: Request, device: str | None, dtype: str | None, offload: str,
     def see(step: Any) -> None:
         seen.append(step_report(step, clock.lap()))
         if step.weights is not None:
-            record.add([lora.name for lora in loras], step.weights.float().numpy(), range(len(request.seeds)))
+            record.add(step.members, step.weights.float().numpy(), range(len(request.seeds)))
 
     images = compose(host, pipe, loras, request, see, notes)
     decoding = clock.lap()
 
     parameters = parameters_of(request, pipe, images[0].size, notes)
-    named = [LoraToken(lora.path.stem, lora.te_weight, lora.unet_weight) for lora in request.loras]
-    prompt = join_prompt(request.prompt, named)
+    prompt = join_prompt(request.prompt, [lora.token for lora in request.loras])
     files = numbered(request.out, len(images))
     shares = record.shares() if settings.pool or settings.top_k else []
     to_write = []
@@ -298,9 +319,12 @@ def paint(request: Request, device: str | None, dtype: str | None, offload: str,
     save(to_write)
     return {
         "images": [{"file": str(file), "seed": seed} for file, seed in zip(files, request.seeds)],
-        "loras": [{"file": str(each.path), "weights": (each.te_weight, each.unet_weight)} for each in request.loras],
+        "loras": [
+            {"file": str(each.path), "weights": (each.te_weight, each.unet_weight), "parts": parts[str(each.path)]}
+            for each in request.loras
+        ],
         "pool": [
-            {"file": each.lora.file, "weights": (each.text, each.unet)}
+            {"file": each.lora.file, "weights": (each.text, each.unet), "parts": parts[each.lora.file]}
             for each in request.members
             if each.lora.path not in left_out
         ],
@@ -358,10 +382,14 @@ def generate(
             help="Checkpoint (.safetensors) or diffusers folder: SD 1.x, 2.x, SDXL; or the tiny model shipped along.",
         ),
     ],
-    prompt: Annotated[str, typer.Option(help="What to paint; <lora:name:weight> names LoRAs of --lora-dir.")],
+    prompt: Annotated[str, typer.Option(help="What to paint; <lora:name:weight:at=left> names LoRAs of --lora-dir.")],
     lora: Annotated[
         list[str] | None,
-        typer.Option(metavar="FILE[:WEIGHT]", help="A LoRA file; FILE:TE:UNET sets both multipliers. Repeatable."),
+        typer.Option(
+            metavar="FILE[:WEIGHT][:PART=...]",
+            help="A LoRA file; FILE:TE:UNET sets both multipliers. Parts say where (at=left), how much (share=2), when "
+            "(steps=0-0.5) it acts, or that it is in every pass (base=1). Repeatable.",
+        ),
     ] = None,
     lora_dir: Annotated[Path | None, typer.Option(help="Where the prompt's LoRAs lie.")] = None,
     negative: Annotated[str, typer.Option(help="What not to paint.")] = "",

@@ -166,22 +166,24 @@ def is_slip(wrong: str, right: str) -> bool:
     return swapped or rest[1:] == wanted or rest == wanted[1:] or rest[1:] == wanted[1:]
 
 
-def parts_of_tag(items: Sequence[str]) -> dict[str, Any]:
-    """Our parts of a tag, checked; ``items`` is what stands after ``lora:``, split at the colons.
+def parts_of_tag(items: Sequence[str], tag: str = "") -> dict[str, Any]:
+    """Our parts of a tag, checked; ``items`` is what stands after ``lora:``, split at the colons, and ``tag`` how
+    errors name the whole where that is otherwise than in a prompt.
 
     Parts of other names are the host's or other extensions' and are passed over, but for those that are plainly a slip
     for one of ours. Raises `SettingsError`, which names tag, part, value, and what is allowed.
     """
+    tag = tag or tag_text(items)
     parts: dict[str, Any] = {}
     for item in items:
         name, equals, value = (each.strip() for each in str(item).partition("="))
         if not equals:
             continue
-        where = f"{name} in {tag_text(items)}"
+        where = f"{name} in {tag}"
         if name not in PARTS:
             meant = [part.name for part in PARTS.values() if part.read is not None and is_slip(name, part.name)]
             if meant:
-                message = f"LoRAtorio: {tag_text(items)} has a part {shown(name)}; did you mean {meant[0]}?"
+                message = f"LoRAtorio: {tag} has a part {shown(name)}; did you mean {meant[0]}?"
                 raise SettingsError(message, field=where, value=value, allowed=meant[0])
             continue
         part = PARTS[name]
@@ -195,6 +197,13 @@ def parts_of_tag(items: Sequence[str]) -> dict[str, Any]:
         except REFUSALS as error:
             raise refused(where, part, value, part.allowed_in_tag or part.allowed, error) from error
     return parts
+
+
+def items_of(parts: Mapping[str, Any]) -> list[str]:
+    """Checked parts as a tag has them, which `parts_of_tag` reads back; without a mask, which no tag has."""
+    texts = {name: f"{value:d}" if isinstance(value, bool) else str(value) for name, value in parts.items()}
+    texts |= {name: str(value).removesuffix(".0") for name, value in parts.items() if isinstance(value, float)}
+    return [f"{name}={text}" for name, text in texts.items() if PARTS[name].read is not None]
 
 
 # --- the option -------------------------------------------------------------------------------------------------------

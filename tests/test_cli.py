@@ -13,6 +13,7 @@ import pytest
 from loratorio_ext import __version__
 from loratorio_ext.errors import SettingsError, UnsupportedError
 from loratorio_ext.infotext import LoraToken, infotext, join_prompt, split_prompt
+from loratorio_ext.parts import parts_of_tag
 from loratorio_ext.record import read_shares
 from loratorio_ext.samplers import SAMPLERS
 from loratorio_ext.settings import OPTIONS, Settings
@@ -22,6 +23,8 @@ pytest.importorskip("peft")
 pytest.importorskip("typer")
 
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -29,7 +32,7 @@ from typer.testing import CliRunner
 from loratorio_ext.cli import app
 from loratorio_ext.hosts.diffusers import composed, generators, load_lora, load_pipeline, scheduler_for
 from loratorio_ext.standalone.report import EXIT_CODES, INTERRUPTED, UNFORESEEN, written
-from loratorio_ext.standalone.requests import find_lora, parse_lora, parse_size
+from loratorio_ext.standalone.requests import Requested, find_lora, parse_lora, parse_size
 from tests.tiny_pipelines import make_pipeline, write_lora
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "UserWarning")]
@@ -177,6 +180,7 @@ class TestGenerate:
         assert [step["step"] for step in report["steps"]] == [0, 1]
         for step in report["steps"]:
             assert len(step["similarity"]["mean"]) == len(step["similarity"]["lowest"]) == len(step["weights"]) == 2
+            assert step["loras"] == step["similarity"]["loras"] == ["cat", "hat"]
             assert sum(step["weights"]) == pytest.approx(1, abs=1e-4)
             assert step["similarity"]["spread"] >= 0
         assert all(seconds >= 0 for seconds in report["seconds"].values())
@@ -200,6 +204,93 @@ class TestGenerate:
         for option in OPTIONS[1:]:
             assert f"--{option.name.replace('_', '-')} " in shown
         assert "--enabled" not in shown
+
+
+class TestClaims:
+    """Where, when and how much each LoRA acts, in tags and as options."""
+
+    def test_tags(self, folder, tmp_path):
+        hat, cat = folder / "loras/hat.safetensors", folder / "loras/deep/cat.safetensors"
+        prompt = "a cat <lora:cat:0.5:at=left:steps=0-0.5>"
+        call = {"lora": f"{hat}:0.5:0.8:share=2", "lora_dir": folder / "loras", "patch_size": 2, "sampler": "DDIM"}
+        result = run(folder, "--json", prompt=prompt, **call, cfg=4.0, out=tmp_path / "out.png")
+        assert result.exit_code == 0, result.output
+        report = json.loads(result.stdout)
+        assert [each["parts"] for each in report["loras"]] == [{"at": "left", "steps": "0-0.5"}, {"share": 2.0}]
+        assert [step["loras"] for step in report["steps"]] == [["cat", "hat"], ["hat"]]
+        assert [len(step["weights"]) for step in report["steps"]] == [2, 1]
+
+        pipe = load_pipeline(folder / "model")
+        pipe.scheduler = scheduler_for(pipe, "DDIM")
+        loras = [load_lora(pipe, cat, 0.5, at="left", steps="0-0.5"), load_lora(pipe, hat, 0.5, 0.8, share=2)]
+        with composed(pipe, loras, patch_size=2):
+            expected = pipe(
+                "a cat",
+                negative_prompt="",
+                num_inference_steps=2,
+                guidance_scale=4.0,
+                width=64,
+                height=64,
+                generator=generators([7]),
+            ).images[0]
+        assert Image.open(tmp_path / "out.png").tobytes() == expected.tobytes()
+        written = read_infotext(tmp_path / "out.png")[0]
+        assert written == "a cat <lora:cat:0.5:at=left:steps=0-0.5><lora:hat:0.5:0.8:share=2>"
+
+        again = run(folder, prompt=written, **{**call, "lora": hat}, cfg=4.0, out=tmp_path / "lost.png")
+        assert "are one LoRA" in again.output  # the last one's weights and parts hold
+        del call["lora"]
+        run(folder, prompt=written, **call, cfg=4.0, out=tmp_path / "again.png")
+        assert Image.open(tmp_path / "again.png").tobytes() == expected.tobytes()
+        assert Image.open(tmp_path / "lost.png").tobytes() != expected.tobytes()
+
+    def test_options_say_the_same(self, folder, tmp_path):
+        """By name, by folder, by pattern of a pool; and pasted from the infotext."""
+        call = {"lora_dir": folder / "loras", "patch_size": 2}
+        tags = "a cat <lora:hat:0.5:at=0-0-0.4-1><lora:cat:1:base=1>"
+        run(folder, prompt=tags, **call, out=tmp_path / "tags.png")
+        named = ("--loras", '{"hat": {"at": "0-0-0.4-1"}}', "--everywhere", "deep/*")
+        for prompt, pool in (
+            ("a cat <lora:hat:0.5><lora:cat:1>", ()),
+            ("a cat", ("--pool", "hat:0.5", "--pool", "c*")),
+        ):
+            result = run(folder, "--json", *named, *pool, prompt=prompt, **call, out=tmp_path / "options.png")
+            report = json.loads(result.stdout)
+            found = {Path(each["file"]).stem: each["parts"] for each in (*report["loras"], *report["pool"])}
+            assert found == {"hat": {"at": "0-0-0.4-1"}, "cat": {"base": True}} and report["notes"] == []
+            assert [step["loras"] for step in report["steps"]] == [["hat"], ["hat"]]
+            assert Image.open(tmp_path / "options.png").tobytes() == Image.open(tmp_path / "tags.png").tobytes()
+            settings = Settings.from_infotext(read_infotext(tmp_path / "options.png")[2])
+            assert settings.loras == {"hat": {"at": "0-0-0.4-1"}} and settings.everywhere == ("deep/*",)
+
+    def test_all_in_every_pass(self, folder, tmp_path):
+        result = run(folder, "--json", "--show-maps", "--everywhere", "*", lora=folder / "loras/hat.safetensors")
+        assert result.exit_code == 0, result.output
+        for step in json.loads(result.stdout)["steps"]:
+            assert step["loras"] == step["weights"] == [] and "similarity" not in step
+
+    def test_what_is_not_heeded_is_told(self, folder, tmp_path):
+        lora = f"{folder}/loras/hat.safetensors:at=left"
+        for options, note in (
+            ({"method": "switch"}, "method switch knows no place"),
+            ({"method": "merge"}, "method merge knows no place"),
+            ({"loras": '{"hot": {"share": 2}}'}, "loras.hot is no LoRA of this image"),
+            ({"everywhere": "lcm*"}, "everywhere: lcm* is no LoRA of this image"),
+        ):
+            result = run(folder, "--json", lora=lora, **options, out=tmp_path / "out.png")
+            assert result.exit_code == 0, result.output
+            assert json.loads(result.stdout)["notes"][0].startswith(note)
+            assert note in read_infotext(tmp_path / "out.png")[2]["LoRAtorio note"]
+            assert result.stderr.count(note) == 1 and "Warning" not in result.stderr
+
+    def test_refusals(self, folder):
+        hat = f"{folder}/loras/hat.safetensors"
+        refused(run(folder, lora=f"{hat}:at=lft"), 2, "at in --lora .*did you mean left")
+        refused(run(folder, lora=f"{hat}:0.5:lbw=1"), 5, "says lbw, of which nothing is known here")
+        refused(run(folder, lora=f"{hat}:at=left:base=1"), 2, "hat says at of a LoRA that is in every pass")
+        refused(run(folder, "--everywhere", "*", lora=f"{hat}:share=2"), 2, "hat says share of a LoRA")
+        refused(run(folder, lora=hat, loras='{"hat": {"at": "lft"}}'), 2, "loras.hat.at must be .*did you mean left")
+        refused(run(folder, lora=hat, loras="{"), 2, "loras must be a mapping of LoRA names")
 
 
 def damaged(source, path, change):
@@ -363,7 +454,7 @@ class TestErrorReports:
     def test_a_lora_by_its_name_in_the_folder(self, folder):
         result = run(folder, "--json", "--lora", "cat:0.5", lora_dir=folder / "loras")
         assert json.loads(result.stdout)["loras"] == [
-            {"file": str(folder / "loras/deep/cat.safetensors"), "weights": [0.5, 0.5]}
+            {"file": str(folder / "loras/deep/cat.safetensors"), "weights": [0.5, 0.5], "parts": {}}
         ]
         refused(run(folder, "--lora", "cet", lora_dir=folder / "loras"), 3, "did you mean cat")
 
@@ -511,8 +602,63 @@ class TestParsing:
         ],
     )
     def test_lora(self, text, expected):
-        path, te_weight, unet_weight = parse_lora(text)
-        assert (str(path), te_weight, unet_weight) == expected
+        found = parse_lora(text)
+        assert (str(found.path), found.te_weight, found.unet_weight) == expected and found.parts == {}
+
+    @pytest.mark.parametrize(
+        "items, weights, parts",
+        [
+            ("at=left", (1.0, 1.0), {"at": "left"}),
+            ("0.5:at=Center:share=.5", (0.5, 0.5), {"at": "centre", "share": 0.5}),
+            ("0.5:1:steps=0-0.50: base = 0", (0.5, 1.0), {"steps": "0-0.5", "base": False}),
+            ("te=0.2:at=0.0-0-0.25-1:unet=3", (0.2, 3.0), {"at": "0-0-0.25-1"}),
+            ("base=1:0.3", (0.3, 0.3), {"base": True}),
+        ],
+    )
+    @pytest.mark.parametrize("file", ["a.safetensors", "C:/x/a.safetensors", "robot"])
+    def test_parts(self, file, items, weights, parts):
+        found = parse_lora(f"{file}:{items}")
+        assert found == Requested(Path(file), *weights, parts)
+        token = split_prompt(f"<lora:{found.path.stem}:{items}>")[1][0]
+        assert token == found.token and split_prompt(str(token))[1] == [token]
+        assert parts_of_tag(str(token)[1:-1].split(":")[1:]) == parts  # as a WebUI reads it
+
+    @given(
+        st.floats(0.01, 100),
+        st.sampled_from(["left", "centre", "0-0.1-0.333333-1"]),
+        st.sampled_from(["0-0.5", "0.1-1"]),
+        st.booleans(),
+    )
+    def test_tokens_keep_what_they_say(self, share, at, steps, base):
+        token = LoraToken("a", 0.5, 1.0, {"share": share, "at": at, "steps": steps, "base": base})
+        assert split_prompt(f"x {token}") == ("x ", [token])
+
+    @pytest.mark.parametrize(
+        "part, said",
+        [
+            ("at=lft", "at in .*must be one of left, .*'lft'; did you mean left"),
+            ("share=0", "share in .*a number from 0.01 to 100"),
+            ("steps=0.5", "steps in .*first-last"),
+            ("base=2", "base in .*0 or 1"),
+            ("shrae=2", "has a part 'shrae'; did you mean share"),
+            ("mask=x", "mask in .*option loras"),
+            ("at=left:at=top", "at in .*said twice"),
+        ],
+    )
+    def test_bad_parts(self, part, said):
+        with pytest.raises(SettingsError, match=said) as caught:
+            split_prompt(f"<lora:a:0.5:{part}>")
+        assert f"<lora:a:0.5:{part}>" in str(caught.value)
+        with pytest.raises(SettingsError, match=said) as caught:
+            parse_lora(f"a.safetensors:0.5:{part}")
+        assert f"--lora a.safetensors:0.5:{part}" in str(caught.value)
+
+    def test_unknown_parts(self):
+        for wrong, hint in (("steqs", "steps"), ("unte", "unet"), ("zzz", "(it may say te, unet, at, share")):
+            with pytest.raises((SettingsError, UnsupportedError), match=re.escape(hint)):
+                split_prompt(f"<lora:a:0.5:{wrong}=1>")
+            with pytest.raises((SettingsError, UnsupportedError), match=f"--lora .*{wrong}"):
+                parse_lora(f"a.safetensors:{wrong}=1")
 
     @pytest.mark.parametrize("weights", ["nan", "inf", "-inf", "1e6", "100.1", "abc", "", "1:", "1:x", "1_0", "1:2:3"])
     @pytest.mark.parametrize("file", ["a.safetensors", "C:/x/a.safetensors", "robot"])

@@ -1,11 +1,14 @@
 """Composition in diffusers pipelines against the literal reference over diffusers' own PEFT adapters, in float64."""
 
+import base64
 import inspect
+import io
 import json
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import cache
 from itertools import product
 
@@ -20,8 +23,10 @@ import accelerate
 import diffusers
 from diffusers import ControlNetModel
 from diffusers.hooks import HookRegistry, ModelHook
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from loratorio_ext.claims import Claim
 from loratorio_ext.core import Plan
 from loratorio_ext.errors import FileFormatError, MissingFileError, SettingsError, UnsupportedError
 from loratorio_ext.hosts.denoisers import predicted_noise
@@ -31,6 +36,7 @@ from loratorio_ext.hosts.diffusers import (
     load_pipeline,
     scheduler_for,
 )
+from loratorio_ext.masks import kept
 from loratorio_ext.samplers import SAMPLERS
 from tests import oracle
 from tests.gauge import Gauge
@@ -131,13 +137,25 @@ def reference_noise(scheduler, output, x, t, step):
     return math.sqrt(share) * output + math.sqrt(1 - share) * x
 
 
+def acts_at(claim, progress):
+    first, last = claim.steps
+    return first <= progress < last or last == 1 and first <= progress
+
+
 @torch.no_grad()
-def reference(family, files, weights, method, options, call=None, sampler="DDIM"):
-    """Latents by a plain loop: a pipeline for every LoRA, the oracle's composition, guidance, the scheduler's step."""
-    base = adapted(family)
-    alone = [adapted(family, (file,), (weight,)) for file, weight in zip(files, weights)]
+def reference(family, files, weights, method, options, call=None, sampler="DDIM", parts=()):
+    """Latents by a plain loop: a pipeline for every LoRA, the oracle's composition, guidance, the scheduler's step.
+
+    ``parts``: of each LoRA's claim; those in every pass are in the base's pipeline and in all others."""
+    claims = [Claim.of(each) for each in parts or [{}] * len(files)]
+
+    def holding(*loras):
+        loras = [i for i in range(len(files)) if i in loras or claims[i].base]
+        return adapted(family, tuple(files[i] for i in loras), tuple(weights[i] for i in loras))
+
+    base = holding()
     call = arguments(base, **(call or {}))
-    images, n, guided = len(call["prompt"]), len(files), call["guidance_scale"] > 1
+    images, guided = len(call["prompt"]), call["guidance_scale"] > 1
     scheduler = scheduler_for(base, sampler)
     scheduler.set_timesteps(call["num_inference_steps"])
     options = {
@@ -165,21 +183,33 @@ def reference(family, files, weights, method, options, call=None, sampler="DDIM"
         scaled = scheduler.scale_model_input(x, t)
         progress = step / len(scheduler.timesteps)
         inside = options["start"] <= progress and (progress < options["end"] or options["end"] == 1)
+        members = [i for i, claim in enumerate(claims) if not claim.base and acts_at(claim, progress)]
+        place, share = None, [claims[i].share for i in members]
+        if any(claims[i].placed for i in members):
+            places = [claims[i].place(*x.shape[2:]) for i in members]
+            place = np.stack([np.ones(x.shape[2:]) if each is None else each.double().numpy() for each in places])
         if method == "merge" or not inside:
-            cond, uncond = predict(adapted(family, tuple(files), tuple(weights)), scaled, t)
+            cond, uncond = predict(holding(*range(len(files))), scaled, t)
+        elif not members:
+            cond, uncond = predict(base, scaled, t)
         elif method == "switch":
-            cond, uncond = predict(alone[oracle.switch(step, options["switch_every"], n)], scaled, t)
+            cond, uncond = predict(
+                holding(members[oracle.switch(step, options["switch_every"], len(members))]), scaled, t
+            )
         else:
-            conds, unconds = zip(*(predict(pipe, scaled, t) for pipe in alone))
+            conds, unconds = zip(*(predict(holding(i), scaled, t) for i in members))
+            base_cond, base_uncond = predict(base, scaled, t)
             if method == "composite":
-                cond, uncond = oracle.composite(conds), oracle.composite(unconds) if guided else None
+                cond = oracle.composite(conds, share, place, base_cond)
+                uncond = oracle.composite(unconds, share, place, base_uncond) if guided else None
             else:
-                base_cond, base_uncond = predict(base, scaled, t)
                 eps_base, *eps = (
                     reference_noise(scheduler, out, scaled.numpy(), t, step) for out in (base_cond, *conds)
                 )
                 rows = range(images)
-                cond, uncond, _ = oracle.loratorio(eps, eps_base, conds, unconds, base_uncond, rows, options)
+                cond, uncond, _ = oracle.loratorio(
+                    eps, eps_base, conds, unconds, base_uncond, rows, options, None, place, share, base_cond
+                )
         out = oracle.guide(cond, uncond, range(images), [1] * images, call["guidance_scale"]) if guided else cond
         x = scheduler.step(torch.from_numpy(np.asarray(out)).to(x), t, x).prev_sample
     return x
@@ -200,14 +230,18 @@ def relative_error(actual, expected):
     return float((actual.double() - expected).norm() / expected.norm())
 
 
-def check(pipes, files, family="sd1", method="loratorio", call=None, sampler="DDIM", weights=WEIGHTS, **options):
+def check(
+    pipes, files, family="sd1", method="loratorio", call=None, sampler="DDIM", weights=WEIGHTS, parts=(), **options
+):
     options = {**OPTIONS, **options} if method == "loratorio" else options
-    expected = reference(family, files, weights, method, options, call, sampler)
+    expected = reference(family, files, weights, method, options, call, sampler, parts)
     pipe = pipes[family]
+    loras = loras_of(pipe, files, weights)
+    loras = [replace(lora, parts=each) for lora, each in zip(loras, parts)] if parts else loras
     before = pipe.scheduler
     pipe.scheduler = scheduler_for(pipe, sampler)
     try:
-        actual = generate(pipe, loras_of(pipe, files, weights), call=call, method=method, **options)
+        actual = generate(pipe, loras, call=call, method=method, **options)
         plain = generate(pipe, call=call)
     finally:
         pipe.scheduler = before
@@ -259,6 +293,226 @@ class TestAgainstPeft:
 
     def test_one_image_of_one_lora(self, pipes, files):
         check(pipes, files["sd1"][:1], call={"prompt": ["a cat"], "negative": [""]})
+
+
+LEFT, RIGHT = {"at": "left"}, {"at": "0.5-0-1-1", "share": 2.0}
+EVERYWHERE = {"base": True}
+
+
+def mask(height=6, width=8):
+    """White at the right top, grey below."""
+    pixels = np.zeros((height, width), np.uint8)
+    pixels[: height // 2, width // 2 :], pixels[height // 2 :] = 255, 100
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return kept(base64.b64encode(file.getvalue()).decode())
+
+
+class TestClaimsAgainstPeft:
+    """Where, when and how much each LoRA acts, and LoRAs in every pass."""
+
+    @pytest.mark.parametrize("method", ["loratorio", "composite"])
+    @pytest.mark.parametrize(
+        "parts",
+        [
+            [LEFT, RIGHT, {}],
+            [{"share": 0.5}, {}, {"share": 3.0}],
+            [{"mask": mask()}, {"at": "0-0-0.3-0.4"}, {"mask": mask(), "at": "top"}],
+            [{"steps": "0-0.5"}, {"steps": "0.5-1", "at": "left"}, {"steps": "0.25-0.75", "share": 2.0}],
+            [{"steps": "0-0.25"}, {"steps": "0.75-1"}, {"steps": "0.75-1"}],
+            [EVERYWHERE, {}, LEFT],
+            [{}, EVERYWHERE, EVERYWHERE],
+        ],
+        ids=["places", "shares", "masks", "steps", "gap", "everywhere", "two everywhere"],
+    )
+    def test_parts(self, pipes, files, method, parts):
+        check(pipes, files["sd1"], method=method, parts=parts)
+
+    @pytest.mark.parametrize("family", ["sd2v", "sdxl"])
+    def test_families(self, pipes, files, family):
+        check(pipes, files[family], family, parts=[EVERYWHERE, LEFT, {"share": 2.0, "steps": "0-0.5"}])
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"base_share": 1.0},
+            {"base_share": 0.0, "upsampling": "bilinear", "patch_size": 3},
+            {"top_k": 1, "selection_scope": "patch"},
+            {"start": 0.5},
+            {"call": {"cfg": 1.0}},
+        ],
+        ids=str,
+    )
+    def test_options(self, pipes, files, options):
+        check(pipes, files["sd1"], parts=[EVERYWHERE, LEFT, RIGHT], **options)
+
+    def test_turns_are_taken_by_those_that_take_part(self, pipes, files):
+        parts = [{"steps": "0-0.75"}, EVERYWHERE, {"steps": "0.25-1"}]
+        check(pipes, files["sd1"], method="switch", switch_every=1, parts=parts)
+
+    @pytest.mark.parametrize("method", ["loratorio", "composite", "switch", "merge"])
+    def test_one_beside_one_in_every_pass_is_both_merged(self, pipes, files, method):
+        """Adapters of both, as diffusers sums them, text encoders and convolutions included."""
+        pipe = pipes["sd1"]
+        two = files["sd1"][0], files["sd1"][2]
+        expected = reference("sd1", two, WEIGHTS[:2], "merge", {})
+        lora, other = loras_of(pipe, two, WEIGHTS[:2])
+        options = {"base_share": 0.0} if method == "loratorio" else {}
+        actual = generate(pipe, [lora, other], method=method, everywhere=[other.name], **options)
+        assert relative_error(actual, expected) < 1e-4
+        assert relative_error(generate(pipe, [lora], method=method, **options), expected) > 0.01
+
+    @pytest.mark.parametrize("method", ["loratorio", "composite", "switch", "merge"])
+    def test_all_in_every_pass_are_just_merged(self, pipes, files, method):
+        pipe = pipes["sd1"]
+        expected = reference("sd1", files["sd1"], WEIGHTS, "merge", {})
+        with composed(pipe, loras_of(pipe, files["sd1"]), method=method, everywhere=["*"]) as composition:
+            actual = pipe(**arguments(pipe)).images
+        assert relative_error(actual, expected) < 1e-4
+        assert composition.loras == [] and len(composition.everywhere) == 3
+        for step in composition.steps:
+            assert step.plan.isolated == () and (step.weights is None or len(step.weights) == 0)
+
+
+class TestClaims:
+    def test_alone_at_the_left(self, pipes, files):
+        """One LoRA, at the left: the rest is the bare model's, in the weights and in the first step's latents."""
+        pipe = pipes["sd1"]
+        lora = load_lora(pipe, files["sd1"][1], at="left")
+        options = {**OPTIONS, "patch_size": 1, "base_share": 0.0}
+        with composed(pipe, [lora], **options) as composition:
+            left = pipe(**arguments(pipe, steps=1)).images
+        whole, plain = (
+            generate(pipe, loras, call={"steps": 1}, **options) for loras in ([replace(lora, parts={})], [])
+        )
+        weights = composition.steps[0].weights
+        assert weights.shape == (1, 2, *SIZE)
+        torch.testing.assert_close(weights[0], Claim.of(LEFT).place(*SIZE).expand(2, *SIZE))
+        torch.testing.assert_close(left[..., :4], whole[..., :4], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(left[..., 7:], plain[..., 7:], rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(whole[..., 7:], plain[..., 7:], rtol=1e-2, atol=1e-2)
+
+    def test_outside_its_steps_a_lora_costs_nothing(self, pipes, files):
+        pipe, images = pipes["sd1"], len(PROMPT)
+        names = [file.stem for file in files["sd1"]]
+        windows = dict(zip(names, ({"steps": "0-0.5"}, {"steps": "0-0.25"}, {"steps": "0.75-1"})))
+        with rows_of_calls(pipe) as rows, composed(pipe, loras_of(pipe, files["sd1"]), loras=windows) as composition:
+            pipe(**arguments(pipe))
+        assert rows == [2 * images * (1 + count) for count in (2, 1, 0, 1)]
+        assert [step.members for step in composition.steps] == [names[:2], names[:1], [], names[2:]]
+        assert all(
+            step.evaluated == step.members and len(step.weights) == len(step.members) for step in composition.steps
+        )
+        assert all(len(step.similarity) == len(step.evaluated) for step in composition.steps)
+
+    def test_everywhere_costs_no_row(self, pipes, files):
+        pipe = pipes["sd1"]
+        loras = loras_of(pipe, files["sd1"])
+        with rows_of_calls(pipe) as rows:
+            generate(pipe, loras, everywhere=[loras[0].name])
+        assert rows == [2 * len(PROMPT) * 3] * STEPS
+
+    def test_without_claims_not_a_bit_changes(self, pipes, files):
+        """What says the method's own leaves images as they are without it."""
+        pipe = pipes["sd1"]
+        loras = loras_of(pipe, files["sd1"])
+        expected = generate(pipe, loras, **OPTIONS)
+        said = {lora.name: {"share": 1, "steps": "0-1", "base": False} for lora in loras}
+        assert torch.equal(generate(pipe, loras, loras=said, **OPTIONS), expected)
+        same = [replace(lora, parts={"share": 1.0, "base": False}) for lora in loras]
+        assert torch.equal(generate(pipe, same, everywhere=["*"], **OPTIONS), expected)
+
+    def test_a_loras_own_parts_win_over_the_options_one_by_one(self, pipes, files):
+        pipe = pipes["sd1"]
+        first, second = files["sd1"][:2]
+        mine = load_lora(pipe, first, at="left"), load_lora(pipe, second)
+        options = {first.stem: {"at": "right", "share": 2}, second.stem: {"at": "right"}}
+        with composed(pipe, mine, loras=options) as composition:
+            assert composition.claims == [Claim.of({"at": "left", "share": 2.0}), Claim.of({"at": "right"})]
+        assert composition.notes == ()
+
+    def test_in_turn_a_lora_out_of_its_steps_is_not_refreshed(self, pipes, files):
+        pipe = pipes["sd1"]
+        windows = {files["sd1"][0].stem: {"steps": "0-0.5"}}
+        with composed(pipe, loras_of(pipe, files["sd1"]), refresh=1, warmup=1, loras=windows) as composition:
+            pipe(**arguments(pipe))
+        assert [len(step.weights) for step in composition.steps] == [3, 3, 2, 2]
+        assert all(0 not in step.plan.isolated for step in composition.steps[2:])
+        assert [len(step.similarity) for step in composition.steps] == [3, 1, 1, 1]
+
+    @pytest.mark.parametrize(
+        "method, parts, said",
+        [
+            ("switch", {"at": "left"}, "knows no place and no share"),
+            ("merge", {"steps": "0-0.5"}, "knows no place, share or steps"),
+        ],
+    )
+    def test_what_a_method_cannot_heed_is_said(self, pipes, files, method, parts, said):
+        pipe = pipes["sd1"]
+        loras = [load_lora(pipe, files["sd1"][1], **parts), load_lora(pipe, files["sd1"][0])]
+        with pytest.warns(UserWarning, match=f"LoRAtorio: method {method} {said}"):
+            with composed(pipe, loras, method=method) as composition:
+                actual = pipe(**arguments(pipe)).images
+        assert len(composition.notes) == 1 and said in composition.notes[0]
+        expected = generate(pipe, [replace(lora, parts={}) for lora in loras], method=method)
+        assert torch.equal(actual, expected)
+
+    def test_what_means_no_lora_is_said(self, pipes, files):
+        pipe = pipes["sd1"]
+        with pytest.warns(UserWarning, match="loras.knigth is no LoRA"):
+            options = {"loras": {"knigth": {"at": "left"}}, "everywhere": ["lcm*"]}
+            with composed(pipe, loras_of(pipe, files["sd1"]), **options) as composition:
+                assert len(composition.notes) == 2
+
+    def test_embeddings_instead_of_a_prompt(self, pipes, files):
+        pipe = pipes["sd1"]
+        embeddings = pipe.encode_prompt(PROMPT, "cpu", 1, True, NEGATIVE)
+        call = arguments(pipe, prompt=PROMPT) | {"prompt": None, "negative_prompt": None}
+        call |= dict(zip(("prompt_embeds", "negative_prompt_embeds"), embeddings))
+        speaking, silent = loras_of(pipe, files["sd1"])[:2]
+        with pytest.raises(UnsupportedError, match="prompt itself"):
+            with composed(pipe, [speaking, silent], everywhere=[speaking.name]):
+                pipe(**call)
+
+    @pytest.mark.parametrize(
+        "parts, message",
+        [
+            ({"at": "lft"}, "at must be .*did you mean left"),
+            ({"share": 0}, "share must be a number from 0.01"),
+            ({"stepps": "0-1"}, "no part 'stepps'; did you mean steps"),
+            ({"mask": "x"}, "mask must be a PNG"),
+        ],
+        ids=str,
+    )
+    def test_bad_parts(self, pipes, files, parts, message):
+        with pytest.raises(SettingsError, match=message):
+            load_lora(pipes["sd1"], files["sd1"][0], **parts)
+        with pytest.raises(SettingsError, match=message), composed(pipes["sd1"], [], loras={"a": parts}):
+            pass
+
+    def test_a_place_for_what_is_in_every_pass(self, pipes, files):
+        lora = load_lora(pipes["sd1"], files["sd1"][0], at="left")
+        with pytest.raises(SettingsError, match=f"{lora.name} says at of a LoRA that is in every pass"):
+            with composed(pipes["sd1"], [lora], everywhere=["*"]):
+                pass
+
+    @pytest.mark.parametrize("where", ["success", "accident"])
+    def test_nothing_stays(self, pipes, files, where):
+        pipe = pipes["sd1"]
+        plain = pipe(**arguments(pipe)).images
+        before = state(pipe)
+
+        def callback(pipe, step, timestep, tensors):
+            if where == "accident":
+                raise RuntimeError("an accident")
+            return tensors
+
+        loras = loras_of(pipe, files["sd1"])
+        with composed(pipe, loras, everywhere=[loras[0].name], loras={loras[1].name: LEFT}):
+            with pytest.raises(RuntimeError) if where == "accident" else nullcontext():
+                pipe(**arguments(pipe), callback_on_step_end=callback)
+        assert_untouched(pipe, before)
+        assert torch.equal(pipe(**arguments(pipe)).images, plain)
 
 
 class TestConsequences:
@@ -676,13 +930,6 @@ class TestUnsupported:
         with composed(pipe, silent, **OPTIONS):
             given = pipe(**call).images
         assert torch.equal(given, generate(pipe, silent, **OPTIONS))
-
-    @pytest.mark.parametrize("options", [{"loras": {"a": {"at": "left"}}}, {"everywhere": ["a"]}], ids=str)
-    def test_options_of_the_webuis_alone(self, pipes, options):
-        """Refused by name, instead of an image that differs in nothing."""
-        with pytest.raises(UnsupportedError, match=next(iter(options))):
-            with composed(pipes["sd1"], [], **options):
-                pass
 
     def test_bad_options(self, pipes):
         with pytest.raises(SettingsError, match="patch_size"), composed(pipes["sd1"], [], patch_size=0):

@@ -71,7 +71,7 @@ def test_there_are_commands():
     assert len([command for _, command in COMMANDS if command.startswith("loratorio generate --model")]) >= 3
     assert any(command == "loratorio demo" for _, command in COMMANDS)
     assert all("loratorio demo" in (ROOT / page).read_text() for page in PAGES)
-    assert len(SNIPPETS) == 1
+    assert len(SNIPPETS) == 2
 
 
 @pytest.mark.parametrize("page, command", COMMANDS, ids=[command[:60] for _, command in COMMANDS])
@@ -86,11 +86,13 @@ def test_commands(files, page, command):
             assert "Steps: " in Image.open(path).info["parameters"]
 
 
-@pytest.mark.parametrize("page, snippet", SNIPPETS, ids=[page for page, _ in SNIPPETS])
+@pytest.mark.parametrize("page, snippet", SNIPPETS, ids=[block[-60:] for _, block in SNIPPETS])
 def test_python(files, page, snippet):
     names = {}
     exec(compile(snippet, page, "exec"), names)
-    assert names["image"].size == (128, 128) and names["composition"].steps[-1].weights.shape == (2, 1, 4, 4)
+    last = names["composition"].steps[-1]
+    assert names["image"].size == (128, 128) and last.weights.shape == (len(last.members), 1, 4, 4)
+    assert last.members == (["watercolour"] if "steps=" in snippet else ["knight", "watercolour"])
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -4,6 +4,7 @@ The reference is the family's own pipeline in float64, whose denoiser is replace
 pipelines that each hold one LoRA by diffusers' and PEFT's own means, composed by the oracle.
 """
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -17,6 +18,7 @@ import diffusers
 import peft
 from safetensors.torch import load_file, save_file
 
+from loratorio_ext.claims import Claim
 from loratorio_ext.errors import SettingsError, UnsupportedError
 from loratorio_ext.hosts.denoisers import Call, Layout
 from loratorio_ext.hosts.diffusers import check_supported, composed, load_lora, scheduler_for
@@ -66,8 +68,9 @@ def files(tmp_path_factory):
     return of_family
 
 
-def generate(pipe, files, call, **options):
+def generate(pipe, files, call, parts=(), **options):
     loras = [load_lora(pipe, file, weight) for file, weight in zip(files, WEIGHTS)]
+    loras = [replace(lora, parts=each) for lora, each in zip(loras, parts)] if parts else loras
     with composed(pipe, loras, **{**OPTIONS, **options}):
         return pipe(**call).images
 
@@ -132,8 +135,9 @@ def to_numpy(name, output):
 class Reference:
     """What a method makes of predictions: of the bare model, of each LoRA alone, of all merged, in this order."""
 
-    def __init__(self, method, options, count):
+    def __init__(self, method, options, count, parts=()):
         self.method, self.count = method, count
+        self.claims = [Claim.of(each) for each in parts or [{}] * count]
         self.options = {**OPTIONS, **ALL_OPTIONS, **options}
         self.reuse = [oracle.Reuse(options["refresh"], options["warmup"]) for _ in range(2) if "refresh" in options]
 
@@ -142,29 +146,50 @@ class Reference:
         progress = step / STEPS
         if self.method == "merge" or progress < self.options.get("start", 0):
             return conds[-1], None if unconds is None else unconds[-1]
-        base, eps = conds[0], conds[1:-1]
-        base_uncond, of_loras = (None, None) if unconds is None else (unconds[0], unconds[1:-1])
+        members = [i for i, claim in enumerate(self.claims) if claim.acts_at(progress)]
+        base, eps = conds[0], conds[1:-1][members]
+        base_uncond, of_loras = (None, None) if unconds is None else (unconds[0], unconds[1:-1][members])
+        if not members:
+            return base, base_uncond
+        share = [self.claims[i].share for i in members]
+        size = base.shape[-2:]
+        places = [self.claims[i].place(*size) for i in members]
+        placed = any(each is not None for each in places)
+        place = [np.ones(size) if each is None else each.double().numpy() for each in places] if placed else None
+        place = np.stack(place) if placed else None
         if self.method == "switch":
             turn = oracle.switch(step, self.options["switch_every"], self.count)
             return eps[turn], None if unconds is None else of_loras[turn]
         if self.method == "composite":
-            return oracle.composite(eps), None if unconds is None else oracle.composite(of_loras)
+            cond = oracle.composite(eps, share, place, base)
+            return cond, None if unconds is None else oracle.composite(of_loras, share, place, base_uncond)
         if self.reuse:
             eps, of_loras = self.reuse[unconds is not None](eps, base, of_loras, base_uncond, 1.0)
-        cond, uncond, _ = oracle.loratorio(eps, base, eps, of_loras, base_uncond, range(len(base)), self.options)
+        rows = range(len(base))
+        cond, uncond, _ = oracle.loratorio(
+            eps, base, eps, of_loras, base_uncond, rows, self.options, None, place, share, base
+        )
         return cond, uncond
 
 
 @torch.no_grad()
-def reference(name, files, guided, method, options, call):
+def reference(name, files, guided, method, options, call, parts=()):
+    """``parts``: of each LoRA's claim; those in every pass are in the base's pipeline and in all others."""
     family = FAMILIES[name]
     weights = WEIGHTS[: len(files)]
-    base = adapted(name)
-    alone = [adapted(name, (file,), (weight,)) for file, weight in zip(files, weights)]
-    pipes = [base, *alone, adapted(name, files, weights) if hasattr(base, "set_adapters") else base]
+    everywhere = [index for index, each in enumerate(parts) if each.get("base")]
+
+    def holding(*loras):
+        loras = [index for index in range(len(files)) if index in loras or index in everywhere]
+        return adapted(name, tuple(files[index] for index in loras), tuple(weights[index] for index in loras))
+
+    base = holding()
+    competing = [index for index in range(len(files)) if index not in everywhere]
+    merged = holding(*competing) if hasattr(base, "set_adapters") else base
+    pipes = [base, *map(holding, competing), merged]
     forwards = [pipe.transformer.forward for pipe in pipes]
     texts = [texts_of(name, pipe, call) for pipe in pipes]
-    compose = Reference(method, options, len(files))
+    compose = Reference(method, options, len(competing), [parts[index] for index in competing] if parts else ())
     together = guided and family.guidance in ("first", "last")
     calls, conds = [], []
 
@@ -209,12 +234,12 @@ def reference(name, files, guided, method, options, call):
         del base.transformer.forward
 
 
-def check(name, files, guided=True, method="loratorio", call=None, **options):
+def check(name, files, guided=True, method="loratorio", call=None, parts=(), **options):
     call = call or {}
-    expected = reference(name, files, guided, method, options, arguments(name, guided, torch.float64, **call))
+    expected = reference(name, files, guided, method, options, arguments(name, guided, torch.float64, **call), parts)
     pipe = pipeline(name)
     call = arguments(name, guided, **call)
-    actual = generate(pipe, files, call, method=method, **options)
+    actual = generate(pipe, files, call, parts, method=method, **options)
     plain = pipe(**call).images
     error = relative_error(actual, expected)
     print(f"{name}: relative error {error:.1e}, of the plain image {relative_error(plain, expected):.2f}")
@@ -252,6 +277,26 @@ class TestEveryMethod:
     )
     def test_options(self, files, name, options):
         check(name, files(name), **options)
+
+
+@pytest.mark.parametrize("name", ["flux-dev", "sd3", "z-image"])
+class TestClaims:
+    """Where, when and how much, on tokens, a grid and lists; and LoRAs in every pass."""
+
+    @pytest.mark.parametrize("method", ["loratorio", "composite"])
+    def test_places_shares_and_steps(self, files, name, method):
+        parts = [{"at": "left"}, {"at": "0.3-0-1-0.4", "share": 2.0}, {"steps": "0-0.5"}]
+        check(name, files(name), method=method, parts=parts)
+
+    def test_everywhere(self, files, name):
+        check(name, files(name), parts=[{"base": True}, {}, {"at": "top"}])
+
+    def test_one_beside_one_in_every_pass_is_both_merged(self, files, name):
+        both, call = files(name)[:2], arguments(name, True, torch.float64)
+        expected = reference(name, both, True, "merge", {}, call)
+        parts = [{}, {"base": True}]
+        actual = generate(pipeline(name), both, arguments(name, True), parts, base_share=0.0)
+        assert relative_error(actual, expected) < 1e-4
 
 
 class TestGuidance:

@@ -24,6 +24,7 @@ import inspect
 import json
 import math
 import textwrap
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -39,6 +40,7 @@ from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
+from loratorio_ext.claims import Claim, Claims, Tagged, claims_of, not_heeded, places_and_shares
 from loratorio_ext.core import Plan, Predictions, method_from, patch_similarity
 from loratorio_ext.errors import FileFormatError, SettingsError, UnsupportedError
 from loratorio_ext.hosts.denoisers import (
@@ -74,6 +76,7 @@ from loratorio_ext.isolation import (
     Isolation,
     Row,
 )
+from loratorio_ext.pool import Listed
 from loratorio_ext.samplers import parse_sampler
 from loratorio_ext.settings import Settings
 
@@ -182,15 +185,27 @@ def generators(seeds: Iterable[int]) -> list[torch.Generator]:
 class Step:
     """What one denoising step came to, on the CPU.
 
-    ``timestep``: as the denoiser is given it. ``plan``: the evaluations it took. ``similarity [M, R, h, w]`` of the M
-    LoRAs that were evaluated, and ``weights [N, R, h, w]`` of all, patch by patch, where the method has them.
+    ``timestep``: as the denoiser is given it. ``plan``: the evaluations it took, whose numbers are those of ``loras``,
+    the names of all that compete. ``similarity [E, R, h, w]`` of the E LoRAs that were ``evaluated``, and ``weights
+    [M, R, h, w]`` of the M ``members`` that took part, patch by patch, where the method has them.
     """
 
     index: int
     timestep: float
     plan: Plan
+    loras: tuple[str, ...]
     similarity: Tensor | None = None
     weights: Tensor | None = None
+
+    @property
+    def members(self) -> list[str]:
+        """The names of those that took part: the first axis of ``weights``."""
+        return [self.loras[index] for index in self.plan.members]
+
+    @property
+    def evaluated(self) -> list[str]:
+        """The names of those that were evaluated alone: the first axis of ``similarity``."""
+        return [self.loras[index] for index in self.plan.isolated]
 
 
 @dataclass
@@ -213,19 +228,30 @@ class UnderWay:
 class Composition(ModelHook):
     """LoRAs at work in a pipeline, and what was seen of them: ``steps``, of the pipeline's latest call.
 
-    ``on_step`` is told of every step as it is done.
+    ``loras`` compete by their ``claims``; those ``everywhere`` act in every pass, the bare model's too. ``inert`` are
+    the names of LoRAs that add nothing; ``notes`` say what is otherwise than asked. ``on_step`` is told of every step
+    as it is done.
     """
 
     def __init__(
         self, pipe: Any, loras: Sequence[LoRA], settings: Settings, on_step: Callable[[Step], None] | None = None
     ):
         super().__init__()
-        self.pipe, self.loras, self.settings, self.on_step = pipe, loras, settings, on_step
-        self.inert: tuple[str, ...] = ()
+        self.pipe, self.settings, self.on_step = pipe, settings, on_step
+        claims = claims_by_name(loras, settings)
+        acting = [(lora, claim) for lora, claim in zip(loras, claims.each) if lora.branches]
+        self.inert = tuple(lora.name for lora in loras if not lora.branches)
+        self.loras = [lora for lora, claim in acting if not claim.base]
+        self.claims: list[Claim] = [claim for _, claim in acting if not claim.base]
+        self.everywhere = [lora for lora, claim in acting if claim.base]
+        notes = [not_heeded(settings.method, self.claims), *(f"{name} is no LoRA given here" for name in claims.unused)]
+        self.notes = tuple(filter(None, notes))
         self.denoiser = getattr(pipe, denoiser_of(pipe))
+        layers = layers_of(pipe)
         # The last one, without a branch, makes `Plan.BASE` an index like any other.
-        self.isolation = Isolation(layers_of(pipe), [*(lora.branches for lora in loras), {}])
-        self.limit = ROWS_OF_A_POOL if any(lora.pooled for lora in loras) else None
+        self.isolation = Isolation(layers, [*(lora.branches for lora in self.loras), {}])
+        self.base = Isolation(layers, [lora.branches for lora in self.everywhere])
+        self.limit = ROWS_OF_A_POOL if any(lora.pooled for lora in self.loras) else None
         self.encode = pipe.encode_prompt
         self.steps: list[Step] = []
         self.calling = False
@@ -249,7 +275,8 @@ class Composition(ModelHook):
         self.given = [arguments[name] for name in GIVEN_TEXTS if arguments.get(name) is not None]
         self.calling = True
         try:
-            yield
+            with self.base.merged():
+                yield
         finally:
             self.calling = False
         if not self.steps:
@@ -280,17 +307,22 @@ class Composition(ModelHook):
         return base
 
     def speaking(self, encoded: bool) -> list[int]:
-        """The LoRAs that change texts; texts must not be given ``encoded`` already then."""
+        """The LoRAs that change the bare model's texts; where any LoRA changes texts, they must not be given
+        ``encoded`` already."""
         speaking = [index for index, lora in enumerate(self.loras) if lora.speaks_to_text_encoder]
-        if speaking and encoded:
+        if encoded and (speaking or any(lora.speaks_to_text_encoder for lora in self.everywhere)):
             raise UnsupportedError("LoRAtorio: LoRAs for the text encoder need the prompt itself, not its embeddings")
         return speaking
 
     def plan_step(self) -> Plan:
         index = len(self.steps)
         count = getattr(self.pipe, "num_timesteps", None) or len(self.pipe.scheduler.timesteps)
-        inside = self.settings.composes_at(index / count)
-        return self.method.plan(index, len(self.loras)) if inside else Plan(host=Plan.MERGED)
+        progress = index / count
+        if not self.settings.composes_at(progress):
+            return Plan(host=Plan.MERGED)
+        members = [lora for lora, claim in enumerate(self.claims) if claim.acts_at(progress)]
+        placed = any(self.claims[lora].placed for lora in members)
+        return self.method.plan(index, len(self.loras), members, placed)
 
     def sides(self, call: Call) -> tuple[list[int], list[int]]:
         """The call's conditional rows, which begin a step, and its unconditional ones, which may come in a later call
@@ -335,7 +367,8 @@ class Composition(ModelHook):
             eps, eps_base = step.predictions.eps, step.predictions.eps_base
             similarity = patch_similarity(eps, eps_base, self.settings.patch_size)
             seen = {"similarity": similarity.cpu(), "weights": weights.cpu()}
-        self.steps.append(Step(len(self.steps), float(step.timestep.flatten()[0]), step.plan, **seen))
+        names = tuple(lora.name for lora in self.loras)
+        self.steps.append(Step(len(self.steps), float(step.timestep.flatten()[0]), step.plan, names, **seen))
         if self.on_step is not None:
             self.on_step(self.steps[-1])
 
@@ -381,6 +414,7 @@ class Composition(ModelHook):
                 eps=torch.stack(eps) if eps else of_loras(cond),
                 image_of_row=tuple(range(len(cond))),
                 gain=noise_gain(self.pipe.scheduler, call.timestep),
+                **places_and_shares([self.claims[lora] for lora in step.plan.members], x),
                 **{"host_uncond": None, "uncond": None, **guidance},
             )
         composed = self.method.combine(replace(step.predictions, **guidance))
@@ -417,6 +451,12 @@ class Composition(ModelHook):
             calls_inside(self.pipe, self.call_of_pipeline),
         ):
             yield
+
+
+def claims_by_name(loras: Sequence[LoRA], settings: Settings) -> Claims:
+    """The LoRAs' claims by their own parts and the options; several of one name are all meant by it."""
+    listed = [Listed(lora.name, str(index), lora.name) for index, lora in enumerate(loras)]
+    return claims_of(settings, [Tagged(each, parts=lora.parts) for each, lora in zip(listed, loras)])
 
 
 class ControlUnderLoRAs(ModelHook):
@@ -527,26 +567,25 @@ def composed(
     """While entered, calls of ``pipe`` compose the LoRAs.
 
     ``options``: the options of `loratorio_ext.settings` by name (and ``preset``), over those of ``settings``. A pool is
-    given as LoRAs, too (see ``LoRA.pooled``), not by name. LoRAs that add nothing take no part: ``loras`` of what is
-    yielded are those that do, in order, and ``inert`` the others' names. Without LoRAs nothing is touched.
+    given as LoRAs, too (see ``LoRA.pooled``), not by name. The options ``loras`` and ``everywhere`` mean LoRAs by their
+    names or patterns of these. LoRAs that add nothing take no part: ``loras`` of what is yielded are those that
+    compete, in order, ``everywhere`` those in every pass, and ``inert`` the others' names. Without LoRAs nothing is
+    touched.
 
     Raises `UnsupportedError` for what cannot be composed, also a pipeline, or a UNet that it shares, that composes
-    already.
+    already, and `SettingsError` for bad options and parts. Of what is otherwise than asked it warns; see ``notes``.
     """
     check_supported(pipe)
     settings = Settings.from_mapping(options, settings)
     if settings.pool:
         message = "LoRAtorio: there are no names to choose a pool from; load its LoRAs and list them, too"
         raise SettingsError(message, field="pool", value=settings.pool)
-    for name in ("loras", "everywhere"):
-        if getattr(settings, name):
-            message = f"LoRAtorio: the option {name} does nothing in diffusers pipelines yet"
-            raise UnsupportedError(message, field=name, value=getattr(settings, name), allowed="nothing")
     for lora in loras:
         check_fit(lora.name, lora.branches, pipe)
-    composition = Composition(pipe, [lora for lora in loras if lora.branches], settings, on_step)
-    composition.inert = tuple(lora.name for lora in loras if not lora.branches)
-    if not composition.loras:
+    composition = Composition(pipe, loras, settings, on_step)
+    for note in composition.notes:
+        warnings.warn(f"LoRAtorio: {note}", stacklevel=3)
+    if not composition.loras and not composition.everywhere:
         yield composition
         return
     with claimed(composition.denoiser, composition), composition.installed():

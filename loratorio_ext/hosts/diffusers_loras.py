@@ -7,7 +7,7 @@ import inspect
 import math
 import textwrap
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from loratorio_ext.hosts.diffusers_files import adapter_config, check_lora, read
 from loratorio_ext.hosts.lycoris import branch_of, by_layer, is_lycoris
 from loratorio_ext.isolation import Branch, Delta, LowRank, is_finite, is_inert
 from loratorio_ext.multipliers import check_multiplier
+from loratorio_ext.parts import check_parts
 
 DENOISERS = ("unet", "transformer")
 TEXT_ENCODER = "text_encoder"
@@ -39,12 +40,14 @@ PEFT_FILE = "base_model.model."
 class LoRA:
     """One LoRA at its weights, as branches by layer name (``unet.…``, ``transformer.…``, ``text_encoder_2.…``).
 
-    ``pooled``: it belongs to a pool, and takes no part where LoRAs act merged.
+    ``pooled``: it belongs to a pool, and takes no part where LoRAs act merged. ``parts``: checked parts of its claim
+    (see `loratorio_ext.parts`), each of which wins over a composition's options, as what a tag says does in a WebUI.
     """
 
     name: str
     branches: Mapping[str, Branch]
     pooled: bool = False
+    parts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def speaks_to_text_encoder(self) -> bool:
@@ -163,17 +166,26 @@ def check_fit(name: str, branches: Mapping[str, Branch], pipe: Any) -> None:
 
 
 def load_lora(
-    pipe: Any, path: str | Path, te_weight: float = 1.0, unet_weight: float | None = None, name: str | None = None
+    pipe: Any,
+    path: str | Path,
+    te_weight: float = 1.0,
+    unet_weight: float | None = None,
+    name: str | None = None,
+    **parts: Any,
 ) -> LoRA:
     """A LoRA file (kohya's, diffusers', PEFT's or LyCORIS' layout) at its multipliers, for text encoders and for UNet
     or transformer; ``unet_weight`` None: the text encoders' too.
 
-    Layers to which it adds nothing are left out. Raises `FileError` for what is no safetensors file, is no LoRA or
-    holds NaN or infinity, `UnsupportedError` for kinds that are not known and for LoRAs of another architecture, and
-    `SettingsError` for multipliers that are no numbers in range.
+    ``parts``: where, when and how much it acts: ``at="left"``, ``share=2``, ``steps="0-0.5"``, ``mask``, ``base=True``;
+    see `loratorio_ext.parts`. Layers to which it adds nothing are left out.
+
+    Raises `FileError` for what is no safetensors file, is no LoRA or holds NaN or infinity, `UnsupportedError` for
+    kinds that are not known and for LoRAs of another architecture, and `SettingsError` for multipliers that are no
+    numbers in range and for bad parts.
     """
     path = Path(path)
     name = name or path.stem
+    parts = check_parts(name, parts)
     unet_weight = te_weight if unet_weight is None else unet_weight
     te_weight = check_multiplier(te_weight, name, "te_weight")
     unet_weight = check_multiplier(unet_weight, name, "unet_weight")
@@ -193,7 +205,7 @@ def load_lora(
     for layer, branch in branches.items():
         if not is_finite(branch):
             raise header.refused(f"is damaged: what it holds for {layer} is not finite (NaN or infinity)")
-    return LoRA(name, {layer: branch for layer, branch in branches.items() if not is_inert(branch)})
+    return LoRA(name, {layer: each for layer, each in branches.items() if not is_inert(each)}, parts=parts)
 
 
 def plain_branches(

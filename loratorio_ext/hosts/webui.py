@@ -12,7 +12,7 @@ from typing import Any
 from modules import extra_networks, processing, shared
 from torch import Tensor
 
-from loratorio_ext.claims import Claim, Tagged, claims_of, place_of, share_of
+from loratorio_ext.claims import MERGE_HEEDS_NONE, Claim, Tagged, claims_of, not_heeded, places_and_shares
 from loratorio_ext.core import Method, Plan
 from loratorio_ext.errors import SettingsError, UnsupportedError
 from loratorio_ext.generation import Generation
@@ -111,7 +111,7 @@ def check_tags(p: Any) -> bool:
 def tell_of_merge(generation: Generation) -> None:
     """Note what tags ask for and the sum of the LoRAs' weights cannot have."""
     if any(parts_of_tag(params.items) for params in asked_loras(generation.p)) or generation.settings.loras:
-        generation.note("method merge knows no place, share or steps of a LoRA: all act everywhere, all the time")
+        generation.note(MERGE_HEEDS_NONE)
 
 
 def tell_of_none(generation: Generation) -> None:
@@ -192,9 +192,9 @@ def claims_on(generation: Generation, loras: Sequence[Listed]) -> list[Claim]:
     claims = claims_of(generation.settings, tagged)
     for unused in claims.unused:
         generation.note(f"{unused} is no LoRA of this image")
-    method = generation.settings.method
-    if method == "switch" and any(claim.placed or claim.share != 1 for claim in claims.each):
-        generation.note("method switch knows no place and no share of a LoRA: whose turn it is has the whole image")
+    note = not_heeded(generation.settings.method, claims.each)
+    if note is not None:
+        generation.note(note)
     return list(claims.each)
 
 
@@ -214,6 +214,4 @@ def plan_step(
 
 def claimed(plan: Plan, claims: Sequence[Claim], like: Tensor) -> dict[str, Tensor | None]:
     """Where and how much the plan's members may act in latents of the size and on the device of ``like``."""
-    members = [claims[index] for index in plan.members]
-    found = {"place": place_of(members, *like.shape[-2:]), "share": share_of(members)}
-    return {name: None if each is None else each.to(like.device) for name, each in found.items()}
+    return places_and_shares([claims[index] for index in plan.members], like)

@@ -25,20 +25,23 @@ def rounded(values: Any) -> list[float]:
 
 
 def step_report(step: Any, seconds: float) -> dict[str, Any]:
-    """One step in numbers: for each LoRA the mean and lowest similarity to the base model, and its share of the image.
+    """One step in numbers: of the ``loras`` that took part the share of the image (``weights``), and of those that were
+    evaluated the mean and lowest similarity to the base model.
 
     ``spread`` is what the adaptive temperature multiplies when nothing is relative: the standard deviation over the
     LoRAs, averaged over patches.
     """
     report = {"step": step.index, "timestep": step.timestep, "seconds": seconds}
     if step.weights is not None:
+        report |= {"loras": step.members, "weights": rounded(step.weights.flatten(1).mean(1))}
+    if step.weights is not None and step.evaluated:
         similarity = step.similarity.flatten(1)
         report["similarity"] = {
+            "loras": step.evaluated,
             "mean": rounded(similarity.mean(1)),
             "lowest": rounded(similarity.amin(1)),
             "spread": round(float(similarity.std(0, correction=0).mean()), 6),
         }
-        report["weights"] = rounded(step.weights.flatten(1).mean(1))
     return report
 
 

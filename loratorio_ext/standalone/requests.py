@@ -1,10 +1,11 @@
 """What is asked of the command line: files, LoRAs and sizes, understood and checked before anything slow is begun."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from loratorio_ext.errors import (
     FileFormatError,
@@ -22,14 +23,14 @@ from loratorio_ext.hosts.diffusers_files import (
     read_header,
     same_file,
 )
-from loratorio_ext.infotext import LoraToken
-from loratorio_ext.multipliers import parse_multiplier
+from loratorio_ext.infotext import LoraToken, parse_items
+from loratorio_ext.parts import items_of
 from loratorio_ext.pool import Listed, Member, check_size, path_below, resolve
 from loratorio_ext.samplers import Sampling
 from loratorio_ext.settings import Settings
 from loratorio_ext.standalone import tinyworld
 
-LORA_FORM = "FILE, FILE:WEIGHT or FILE:TE:UNET"
+LORA_FORM = "FILE, FILE:WEIGHT or FILE:TE:UNET, each with parts after it like :at=left"
 LARGEST_SIDE = 16384
 SIZE_FORM = f"WIDTHxHEIGHT in pixels, both divisible by 8 and at most {LARGEST_SIDE}"
 
@@ -75,18 +76,33 @@ def blaming(field: str, value: str) -> Iterator[None]:
         raise
 
 
-def parse_lora(text: str) -> tuple[Path, float, float]:
-    """``FILE``, ``FILE:weight`` or ``FILE:te:unet``: the file and its multipliers in text encoders and UNet."""
+@dataclass(frozen=True)
+class Requested:
+    """A LoRA file that was asked for, with its multipliers in text encoders and UNet, and the parts of its claim."""
+
+    path: Path
+    te_weight: float = 1.0
+    unet_weight: float = 1.0
+    parts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def token(self) -> LoraToken:
+        """How a prompt asks for it."""
+        return LoraToken(self.path.stem, self.te_weight, self.unet_weight, self.parts)
+
+
+def parse_lora(text: str) -> Requested:
+    """``FILE``, ``FILE:weight`` or ``FILE:te:unet``, and parts as in a prompt's token."""
     match = LORA_FILE.fullmatch(text) or NOT_A_FILE.fullmatch(text)
     if match is None:
-        return Path(text), 1.0, 1.0
-    file, weights = match.group(1), match.group(2).split(":")[1:]
-    if len(weights) > 2:
+        return Requested(Path(text))
+    file, items = match.group(1), match.group(2).split(":")[1:]
+    if sum("=" not in item for item in items) > 2:
         raise SettingsError(
             f"LoRAtorio: lora must be {LORA_FORM}, got {shown(text)}", field="lora", value=text, allowed=LORA_FORM
         )
-    multipliers = [parse_multiplier(weight, f"--lora {text}", "lora") for weight in weights] or [1.0]
-    return Path(file), multipliers[0], multipliers[-1]
+    read = parse_items(file, items, f"--lora {text}", "lora")
+    return Requested(Path(file), read.te_weight, read.unet_weight, read.parts)
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -145,25 +161,17 @@ def given_file(path: Path, folder: Path | None) -> Path:
     raise MissingFileError(f"LoRAtorio: {path} does not exist{hint}", field="lora", value=str(path), allowed=LORA_FORM)
 
 
-@dataclass(frozen=True)
-class Requested:
-    """A LoRA file that was asked for, with its multipliers in text encoders and UNet."""
-
-    path: Path
-    te_weight: float
-    unet_weight: float
-
-
 def requested_loras(
     files: Iterable[str], tokens: Iterable[LoraToken], folder: Path | None, pool: Sequence[str] = ()
 ) -> tuple[list[Requested], list[str]]:
     """Every LoRA asked for, the prompt's before the others, each file once, and what there is to say of that.
 
-    Of a file that is named twice the last multipliers hold. Without a ``pool`` there must be one LoRA.
+    Of a file that is named twice the last multipliers and parts hold. Without a ``pool`` there must be one LoRA.
     """
-    asked = [Requested(find_lora(token.name, folder), token.te_weight, token.unet_weight) for token in tokens]
-    for path, te_weight, unet_weight in map(parse_lora, files):
-        asked.append(Requested(given_file(path, folder), te_weight, unet_weight))
+    asked = [
+        Requested(find_lora(token.name, folder), token.te_weight, token.unet_weight, token.parts) for token in tokens
+    ]
+    asked += [replace(each, path=given_file(each.path, folder)) for each in map(parse_lora, files)]
     if not asked and not pool:
         raise SettingsError(
             "LoRAtorio: no LoRA given; name one with --lora FILE, or in the prompt as <lora:name:weight>",
@@ -175,15 +183,18 @@ def requested_loras(
     for each in asked:
         key = same_file(each.path)
         if key in once:
-            notes.append(
-                f"{once[key].path} and {each.path} are one LoRA, which takes part once, at weight "
-                f"{each.te_weight:g}:{each.unet_weight:g}"
-            )
+            at = ":".join((f"{each.te_weight:g}:{each.unet_weight:g}", *items_of(each.parts)))
+            notes.append(f"{once[key].path} and {each.path} are one LoRA, which takes part once, at weight {at}")
         once[key] = each
     for each in once.values():
         with blaming("lora", str(each.path)):
             check_lora(read_header(each.path))
     return list(once.values()), notes
+
+
+def listed_file(file: Path, folder: Path | None) -> Listed:
+    """A LoRA's file as the pool's entries and the options know it."""
+    return Listed(file.stem, str(file), path_below(str(file), str(file.parent if folder is None else folder)))
 
 
 def pool_members(
@@ -199,9 +210,7 @@ def pool_members(
         message = "LoRAtorio: a pool is chosen from a folder; say with --lora-dir which"
         raise SettingsError(message, field="lora_dir", allowed="a folder")
     listed = [
-        Listed(file.stem, str(file), path_below(str(file), str(folder)), size=file.stat().st_size)
-        for file in lora_files(folder)
-        if file.is_file()
+        replace(listed_file(file, folder), size=file.stat().st_size) for file in lora_files(folder) if file.is_file()
     ]
     known = {same_file(path) for path in taken}
     members = []
