@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from modules import devices, script_callbacks, sd_unet, shared
+from modules import devices, extra_networks, script_callbacks, sd_unet, shared
 from modules.sd_samplers_cfg_denoiser import catenate_conds, subscript_cond
 from torch import Tensor, nn
 
@@ -40,7 +40,14 @@ from loratorio_ext.hosts.a1111_loras import (
     undisturbed,
     unet_lora,
 )
-from loratorio_ext.hosts.neighbours import callers_of, company, meddlers_with_loras, named
+from loratorio_ext.hosts.neighbours import (
+    callers_of,
+    keepers_of,
+    meddlers_with_loras,
+    named,
+    taking_part,
+    tensors_kept,
+)
 from loratorio_ext.hosts.webui import (
     check_tags,
     claimed,
@@ -76,6 +83,8 @@ __all__ = ["check", "clean_up", "forget_conditionings", "interrupt", "open_sampl
 
 logger = logging.getLogger("loratorio")
 
+PROBES = 3
+"""In so many steps of a pass the host's own calls are made once more in company: some remember only after the first."""
 TELLING = 1e-3
 """Two outputs of a model for the same rows that differ by more than this share of their length differ not by rounding.
 """
@@ -162,6 +171,19 @@ class HostPass:
         return torch.stack([self.predicted[lora, row] for row in range(first, last)])
 
 
+def random_states() -> tuple[Tensor, Tensor | None]:
+    """Where PyTorch's own generators are, on the CPU and on the host's CUDA device."""
+    cuda = devices.device.type == "cuda"
+    return torch.get_rng_state(), torch.cuda.get_rng_state(devices.device) if cuda else None
+
+
+def set_random_states(states: tuple[Tensor, Tensor | None]) -> None:
+    """Set them back there."""
+    torch.set_rng_state(states[0])
+    if states[1] is not None:
+        torch.cuda.set_rng_state(states[1], devices.device)
+
+
 @contextmanager
 def answered(model: nn.Module, answer: Callable[..., Tensor]) -> Iterator[None]:
     """While entered, calls of ``model`` are answered by ``answer``, which is given the model's own ``forward``, too."""
@@ -197,7 +219,7 @@ class A1111Sampling:
         self.method = method_from(self.settings)
         self.step = ExitStack()
         self.steps = 0
-        self.even_handed = False
+        self.probes = 0
         self.ran: dict[int, set[str]] = {}
         self.plan = Plan(host=Plan.MERGED)
         self.prepare()
@@ -292,6 +314,7 @@ class A1111Sampling:
                 return
             self.meet_company()
             self.host_pass = self.handed_over(params)
+            self.randomness = random_states()
             self.step.enter_context(only(self.networks, self.everywhere))
             self.step.enter_context(undisturbed(self.networks, self.generation.fail))
             self.step.enter_context(answered(denoiser.inner_model, self.answer))
@@ -306,7 +329,8 @@ class A1111Sampling:
             )
         model = shared.sd_model
         modules = (model, self.denoiser.inner_model, *model.model.modules())
-        self.company = company(modules, (model.apply_model, nn.functional.scaled_dot_product_attention))
+        found = taking_part(modules, (model.apply_model, nn.functional.scaled_dot_product_attention))
+        self.company, self.functions = list(found), [function for each in found.values() for function in each]
         if self.company:
             self.generation.note(
                 f"beside {named(self.company)} one LoRA after the other was evaluated, which takes longer"
@@ -331,7 +355,8 @@ class A1111Sampling:
         try:
             return Affix.between(own, given)
         except ValueError as error:
-            suspects = named(dict.fromkeys([*self.company, *callers_of("cfg_denoiser")]))
+            with_loras = keepers_of(self.loras, extra_networks.extra_network_registry["lora"])
+            suspects = named(dict.fromkeys([*self.company, *callers_of("cfg_denoiser"), *with_loras]))
             raise UnsupportedError(
                 f"LoRAtorio: {suspects} changes the prompt's conditioning while the image is made, and what it would "
                 "make of a single LoRA's is not known; switch it off, or LoRAtorio"
@@ -408,24 +433,37 @@ class A1111Sampling:
         self.host_pass.predicted.update(zip(((lora, row) for row in call.range), output))
 
     def repeat_all(self) -> None:
-        """All of the host's calls of this step for one LoRA, then all of them for the next."""
-        host_pass, host = self.host_pass, self.plan.host
-        known = host_pass.of(host, 0, host_pass.rows)
-        for lora in (*(() if self.even_handed else (host,)), *self.plan.isolated):
-            for call in host_pass.calls:
-                self.repeat(call, lora)
+        """All of the host's calls of this step for one LoRA, then all of them for the next; who draws at random in them
+        draws the same each time, and goes on as after the host's own."""
+        host_pass, after = self.host_pass, random_states()
+        try:
+            # The host's own token merging draws its tokens by lot.
+            if self.probes < PROBES and not self.p.get_token_merging_ratio():
+                self.probe()
+            for lora in self.plan.isolated:
+                set_random_states(self.randomness)
+                for call in host_pass.calls:
+                    self.repeat(call, lora)
+        finally:
+            set_random_states(after)
         if self.generation.error is not None:  # somebody else has swallowed it
             raise self.generation.error
-        # Once a pass: what the same rows make must not depend on how often somebody was asked. (The host's own token
-        # merging draws its tokens by lot.)
-        if not self.even_handed and not self.p.get_token_merging_ratio():
-            again = host_pass.of(host, 0, host_pass.rows)
-            if (again - known).float().norm() > TELLING * known.float().norm():
-                raise UnsupportedError(
-                    f"LoRAtorio: {named(self.company)} makes something else of a step when it is asked again, so "
-                    "LoRAs cannot be evaluated one after the other; switch it off, or LoRAtorio"
-                )
-        self.even_handed = True
+
+    def probe(self) -> None:
+        """What the same rows make, and what is kept of them, must not depend on how often somebody was asked: raises
+        `UnsupportedError` where it does."""
+        self.probes += 1
+        host_pass, host = self.host_pass, self.plan.host
+        known, kept = host_pass.of(host, 0, host_pass.rows), tensors_kept(self.functions)
+        set_random_states(self.randomness)
+        for call in host_pass.calls:
+            self.repeat(call, host)
+        again = host_pass.of(host, 0, host_pass.rows)
+        if (again - known).float().norm() > TELLING * known.float().norm() or tensors_kept(self.functions) != kept:
+            raise UnsupportedError(
+                f"LoRAtorio: {named(self.company)} makes something else of a step when it is asked again, or remembers "
+                "how often it was, so LoRAs cannot be evaluated one after the other; switch it off, or LoRAtorio"
+            )
 
     @contextmanager
     def reads_only(self, text: Any) -> Iterator[None]:

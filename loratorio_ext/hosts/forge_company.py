@@ -33,7 +33,7 @@ def name_of(function: Callable) -> str:
     found = owner(function)
     if found is not None:
         return found
-    files = [os.path.realpath(code.co_filename) for code in functions_in(function)]
+    files = [os.path.realpath(each.__code__.co_filename) for each in functions_in(function)]
     built_in = [each for each in extensions.extensions if each.is_builtin]
     for file in files:
         for extension in built_in:

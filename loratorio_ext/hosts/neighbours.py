@@ -8,12 +8,12 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
-from types import CodeType, FunctionType, MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 from modules import extensions, script_callbacks
 from modules.paths_internal import script_path
-from torch import nn
+from torch import Tensor, nn
 
 OURS = Path(__file__).resolve().parents[2]
 REPLACEABLE = ("forward", "_forward")
@@ -24,8 +24,8 @@ DEPTH = 4
 """So many functions within functions are looked into: wrappers, decorators, what a closure holds."""
 
 
-def functions_in(function: Any, depth: int = DEPTH) -> Iterator[CodeType]:
-    """The code of a function, and of those that it wraps: as a partial, a decorator, a closure or a callable object."""
+def functions_in(function: Any, depth: int = DEPTH) -> Iterator[FunctionType]:
+    """A function, and those that it wraps: as a partial, a decorator, a closure or a callable object."""
     if depth == 0:
         return
     if isinstance(function, partial):
@@ -39,15 +39,20 @@ def functions_in(function: Any, depth: int = DEPTH) -> Iterator[CodeType]:
             for inner in vars(function).values():
                 yield from functions_in(inner, depth - 1)
         return
-    yield function.__code__
+    yield function
     yield from functions_in(getattr(function, "__wrapped__", None), depth - 1)
-    for cell in function.__closure__ or ():
-        try:
-            inner = cell.cell_contents
-        except ValueError:  # a variable that has no value yet
-            continue
+    for inner in held_by(function):
         if callable(inner) and not isinstance(inner, (type, nn.Module)):
             yield from functions_in(inner, depth - 1)
+
+
+def held_by(function: FunctionType) -> Iterator[Any]:
+    """What a function's closure holds."""
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # a variable that has no value yet
+            continue
 
 
 def place(path: Any) -> str:
@@ -78,7 +83,7 @@ def owner_of_file(file: str) -> str | None:
 
 def owner(function: Any) -> str | None:
     """The neighbour whose function this is, or whose function it wraps; None: the host's own, or a package's."""
-    return next(filter(None, (owner_of_file(code.co_filename) for code in functions_in(function))), None)
+    return next(filter(None, (owner_of_file(each.__code__.co_filename) for each in functions_in(function))), None)
 
 
 def owner_of_kind(kind: type) -> str | None:
@@ -96,21 +101,52 @@ def replacements(module: nn.Module) -> Iterator[Any]:
     yield from module._forward_hooks.values()
 
 
-def company(modules: Iterable[nn.Module], others: Iterable[Callable] = ()) -> list[str]:
-    """The neighbours that take part in a model's evaluation, by name: who has replaced, wrapped or hooked the forward
-    of any of ``modules``, or of a class of theirs, or one of the functions ``others``."""
-    found: dict[str, None] = {}
-    kinds = set()
+def taking_part(modules: Iterable[nn.Module], others: Iterable[Callable] = ()) -> dict[str, list[Any]]:
+    """The neighbours that take part in a model's evaluation, by name, and their functions: what has replaced, wrapped
+    or hooked the forward of any of ``modules``, or of a class of theirs, or one of the functions ``others``."""
+    kinds, functions = set(), list(others)
     for module in modules:
         kinds.add(type(module))
-        for function in replacements(module):
-            found[owner(function)] = None
-    for kind in kinds:
-        found[owner_of_kind(kind)] = None
-    for function in others:
-        found[owner(function)] = None
-    found.pop(None, None)
-    return list(found)
+        functions += replacements(module)
+    functions += [getattr(kind, name, None) for kind in kinds for name in REPLACEABLE]
+    found: dict[str, list[Any]] = {}
+    for function in functions:
+        whose = owner(function)
+        if whose is not None:
+            found.setdefault(whose, []).append(function)
+    return found
+
+
+def company(modules: Iterable[nn.Module], others: Iterable[Callable] = ()) -> list[str]:
+    """As `taking_part`, the names alone."""
+    return list(taking_part(modules, others))
+
+
+def tensors_in(value: Any, depth: int = 2) -> Iterator[Tensor]:
+    """Tensors in nested dicts and lists."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and isinstance(value, (dict, list, tuple)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(each, depth - 1)
+
+
+def tensors_kept(functions: Iterable[Any]) -> dict[tuple, tuple]:
+    """What tensors neighbours' functions keep between calls, as far as it can be seen: in the variables of their files
+    and in what their closures hold. By where it is found, each with its shape and its sum."""
+    kept = {}
+    for function in {id(each): each for outer in functions for each in functions_in(outer)}.values():
+        if owner_of_file(function.__code__.co_filename) is None:
+            continue
+        values = list(function.__globals__.values())
+        for held in held_by(function):
+            values.append(held)
+            if hasattr(held, "__dict__") and not isinstance(held, (type, nn.Module, FunctionType, MethodType)):
+                values += vars(held).values()
+        for where, value in enumerate(values):
+            for number, tensor in enumerate(tensors_in(value)):
+                kept[id(function), where, number] = tuple(tensor.shape), float(tensor.float().sum())
+    return kept
 
 
 def meddlers_with_loras() -> list[str]:
@@ -122,6 +158,14 @@ def meddlers_with_loras() -> list[str]:
 def callers_of(category: str) -> list[str]:
     """The neighbours with a callback of this kind."""
     found = (owner(each.callback) for each in script_callbacks.callback_map[f"callbacks_{category}"])
+    return list(dict.fromkeys(filter(None, found)))
+
+
+def keepers_of(loras: Iterable[Any], registry_entry: Any) -> list[str]:
+    """The neighbours that have a hand in the host's LoRAs themselves: in their class, or in what reads the prompt's
+    tags."""
+    members = [each for kind in {type(registry_entry), *map(type, loras)} for each in vars(kind).values()]
+    found = (owner(each.fget if isinstance(each, property) else each) for each in members)
     return list(dict.fromkeys(filter(None, found)))
 
 

@@ -63,10 +63,11 @@ def beside(contract, kind, options=None, **payload):
 
 
 TAKES_PART = ["marks_the_text", "remembers_the_first_call", "halves_the_batch", "cuts_into_tiles"]
+TAKES_PART += ["draws_at_random"]
 ELSEWHERE = ["changes_the_prediction", "changes_strengths_in_its_callback", "has_strengths_that_follow_the_steps"]
 ELSEWHERE += ["renames_networks", "runs_scripts_on_a_copy"]
 REFUSED = ["has_loras_of_its_own", "has_texts_of_its_own", "changes_the_text", "decides_where_loras_act", "alternates"]
-REFUSED += ["takes_parts_from_the_step_before"]
+REFUSED += ["takes_parts_from_the_step_before", "gathers_what_it_sees"]
 
 HIRES = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7}
 REQUESTS = {

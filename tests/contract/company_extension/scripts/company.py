@@ -163,6 +163,42 @@ def alternates(p, stack):
     stack.enter_context(replaced(unet(), "forward", forward))
 
 
+def draws_at_random(p, stack):
+    """From the generator that all share, in every call, as who adds noise to a reference image."""
+    torch.manual_seed(p.seed)
+
+    def forward(original, x, *args, **kwargs):
+        return original(x, *args, **kwargs) + 0.05 * torch.randn_like(x)
+
+    stack.enter_context(replaced(unet(), "forward", forward))
+
+
+gathered = {}
+
+
+def gathers_what_it_sees(p, stack):
+    """From the second step on, over all calls, and paints with the sum."""
+    steps = []
+    gathered.clear()
+
+    def before_unet(params):
+        steps.append(params.denoiser.step)
+
+    def forward(original, x, *args, **kwargs):
+        output = original(x, *args, **kwargs)
+        if len(steps) > 1:
+            gathered["sum"] = gathered.get("sum", 0) + output.mean(dim=0)
+        return output
+
+    def after_unet(params):
+        if len(steps) > 2:
+            params.x.add_(0.02 * gathered["sum"])
+
+    stack.enter_context(on_denoiser(before_unet))
+    stack.enter_context(on_denoised(after_unet))
+    stack.enter_context(replaced(unet(), "forward", forward))
+
+
 def takes_parts_from_the_step_before(p, stack):
     """Every other step one attention is not evaluated; what it said last is taken."""
     known, steps = {}, []
@@ -272,6 +308,8 @@ KINDS = {
         halves_the_batch,
         cuts_into_tiles,
         alternates,
+        draws_at_random,
+        gathers_what_it_sees,
         takes_parts_from_the_step_before,
         has_loras_of_its_own,
         has_texts_of_its_own,
