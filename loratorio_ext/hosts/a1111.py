@@ -30,6 +30,7 @@ from loratorio_ext.hosts.a1111_loras import (
     embeddings_of,
     entry_of,
     fits,
+    how_often,
     labels,
     load_pool,
     loaded_model,
@@ -242,7 +243,13 @@ class A1111Sampling:
         self.model = loaded_model()
         # By what the host keeps its own conditionings by, so that they hold for as long as the host's do.
         second_pass, *_ = prompts = prompts_of_pass(self.p)
-        key = ("texts", self.model, prompts, tags_of_pass(self.p), *labels([*self.loras, *self.everywhere]))
+        key = (
+            "texts",
+            self.model,
+            prompts,
+            tags_of_pass(self.p),
+            *labels(dict.fromkeys([*self.loras, *self.everywhere])),
+        )
         self.texts, self.speaks = self.generation.once(key, self.encode_all)
         self.read_strengths()
         # Images of another size: another number of rows fits.
@@ -277,7 +284,12 @@ class A1111Sampling:
         """The prompts' schedules of conditionings: each LoRA's, then the host's own (`Plan.MERGED`), and last the bare
         model's (`Plan.BASE`); and which LoRAs change the bare model's."""
         base = self.encode(self.everywhere)
-        alone = [self.encode([*self.everywhere, lora]) if speaks_to_text_encoder(lora) else base for lora in self.loras]
+        alone = [
+            self.encode([*self.everywhere, *[lora] * how_often(self.networks, lora)])
+            if speaks_to_text_encoder(lora)
+            else base
+            for lora in self.loras
+        ]
         for lora, text in zip(self.loras, alone):
             if text is not base and not is_finite_text(text):
                 raise not_finite(lora)
@@ -585,10 +597,11 @@ def open_sampling(generation: Generation) -> A1111Sampling | None:
         return None
     networks = lora_extension()
     active = list(dict.fromkeys(networks.loaded_networks))
-    tell_of_loras(generation, [lora.mentioned_name for lora in networks.loaded_networks])
+    names = [lora.mentioned_name for lora in networks.loaded_networks]
+    tell_of_loras(generation, names, "at its last multiplier, so many times as it is named")
     pooled = load_pool(generation, networks, active)
     claims = dict(zip([*active, *pooled], claims_on(generation, [*map(entry_of, active), *map(entry_of, pooled)])))
-    everywhere = [lora for lora, claim in claims.items() if claim.base]
+    everywhere = [lora for lora in (*networks.loaded_networks, *pooled) if claims[lora].base]
     loras = [lora for lora in active if lora not in everywhere]
     loras += [lora for lora in pooled if lora not in everywhere and fits(generation, networks, lora, everywhere)]
     if not loras:

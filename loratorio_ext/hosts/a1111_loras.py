@@ -1,7 +1,7 @@
 """AUTOMATIC1111's LoRAs: its list of active ones, and what each adds to the UNet's layers, as branches."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ from loratorio_ext.generation import Generation
 from loratorio_ext.hosts.neighbours import neighbour_at_work
 from loratorio_ext.hosts.pool_files import POOL_FILES
 from loratorio_ext.hosts.webui import leave_out, listed, pool_of
-from loratorio_ext.isolation import Branch, Delta, LowRank, in_main_memory, is_finite, is_inert
+from loratorio_ext.isolation import Branch, Delta, LowRank, in_main_memory, is_finite, is_inert, scaled
 from loratorio_ext.pool import Listed
 
 logger = logging.getLogger("loratorio")
@@ -160,6 +160,11 @@ class UnetLora:
     acts: bool
 
 
+def how_often(networks: ModuleType, lora: Any) -> int:
+    """How often a LoRA acts where it acts: one that a prompt names twice is listed twice, and applied twice."""
+    return max(1, networks.loaded_networks.count(lora))
+
+
 def strength(lora: Any) -> tuple:
     """What a LoRA's branches depend on beside its file; extensions change it while sampling runs, and tell the host of
     changes to its modules by another name."""
@@ -172,16 +177,20 @@ def unet_lora(generation: Generation, networks: ModuleType, lora: Any, everywher
     Raises `FileFormatError` for numbers that are none.
     """
 
+    times = how_often(networks, lora)
+
     def made() -> UnetLora:
         with bare(networks, everywhere):
             branches, misfits = unet_branches(networks, lora, shared.sd_model.network_layer_mapping)
         if not all(map(is_finite, branches.values())):
             raise not_finite(lora)
+        if times > 1:
+            branches = {name: scaled(branch, times) for name, branch in branches.items()}
         if generation.settings.pool:
             branches = {name: in_main_memory(branch) for name, branch in branches.items()}
         return UnetLora(branches, misfits, acts=not all(map(is_inert, branches.values())))
 
-    key = (loaded_model(), strength(lora), *map(strength, everywhere))
+    key = (loaded_model(), strength(lora), times, *map(strength, everywhere))
     return generation.kept(("branches", lora), key, made)
 
 
@@ -201,8 +210,9 @@ def label(lora: Any) -> str:
     return lora.network_on_disk.name
 
 
-def labels(loras: Sequence[Any]) -> list[str]:
+def labels(loras: Iterable[Any]) -> list[str]:
     """Their names, and where two share one, their paths below the LoRA folder."""
+    loras = list(loras)
     names = [label(lora) for lora in loras]
     return [entry_of(lora).path if names.count(name) > 1 else name for name, lora in zip(names, loras)]
 

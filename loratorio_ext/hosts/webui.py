@@ -88,7 +88,7 @@ def asked_loras(p: Any) -> list[Any]:
     return [params for params in asked.get("lora", []) if params.positional]
 
 
-def tell_of_loras(generation: Generation, loaded: Sequence[str], repeated: str = "at its last multiplier") -> None:
+def tell_of_loras(generation: Generation, loaded: Sequence[str], repeated: str) -> None:
     """Note what is otherwise than the prompt asks: ``loaded`` are the names the host found, in prompt order;
     ``repeated`` says how one acts that is named more than once."""
     named = dict.fromkeys(params.positional[0] for params in asked_loras(generation.p))

@@ -53,6 +53,13 @@ def in_main_memory(branch: Branch) -> Branch:
     return replace(branch, **{name: value.cpu() for name, value in tensors_of(branch).items()})
 
 
+def scaled(branch: Branch, factor: float) -> Branch:
+    """The branch so many times as strong."""
+    if isinstance(branch, LowRank):
+        return replace(branch, scale=branch.scale * factor)
+    return replace(branch, **{name: value * factor for name, value in tensors_of(branch).items()})
+
+
 def is_finite(branch: Branch) -> bool:
     """Whether no number of the branch is NaN or infinite."""
     numbers = (value.float() for value in tensors_of(branch).values())  # float8 knows no isfinite

@@ -101,7 +101,7 @@ def test_brute_force(company, row):
 
 
 CHOSEN = {
-    "controlnet": ("Balanced", "reference_only"),
+    "controlnet": ("Balanced",),
     "regional-prompter": ("Attention",),
     "multidiffusion": ("MultiDiffusion, tile batch 4",),
     "loractl": ("a weight for the first fifth",),
