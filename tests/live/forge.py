@@ -83,6 +83,9 @@ class Neo(Forge):
         super().__init__(host, data, checkpoint, **options)
         at = self.command.index("--ckpt")
         del self.command[at : at + 2]
+        # With its data elsewhere it neither serves its own page's scripts nor makes the folder for the page's images.
+        self.command += ["--gradio-allowed-path", str(self.host)]
+        (self.data / "tmp").mkdir(exist_ok=True)
         config = self.data / "config.json"
         chosen = {"sd_model_checkpoint": Path(checkpoint).name, "VERSION_UID": "PY313"}  # the latter: or it asks
         config.write_text(json.dumps(json.loads(config.read_text(encoding="utf-8")) | chosen), encoding="utf-8")
