@@ -259,7 +259,8 @@ class A1111Sampling:
     def read_strengths(self) -> None:
         """The LoRAs' branches at their present strengths, which other extensions change from step to step."""
         self.strengths = [strength(lora) for lora in self.loras]
-        key = (self.model, *self.everywhere, *zip(self.loras, self.strengths))
+        times = [how_often(self.networks, lora) for lora in self.loras]
+        key = (self.model, *self.everywhere, *zip(self.loras, self.strengths, times))
         self.isolation, self.acts = self.generation.kept("isolation", key, self.isolate)
 
     def isolate(self) -> tuple[Isolation, list[bool]]:

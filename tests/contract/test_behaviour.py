@@ -215,3 +215,10 @@ def test_a_sampler_without_a_step_to_make_is_the_hosts_own_business(contract):
     """DDIM of one step calls no model, so there is nothing that a composition could be missing from."""
     payload = {"prompt": TWO, "sampler_name": "DDIM", "steps": 1}
     assert equal(contract.plain(**payload), contract.composed(**payload))
+
+
+def test_a_lora_named_twice_in_one_pass_acts_once_in_the_other(contract):
+    hires = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7}
+    prompts = {"prompt": f"{PLAIN} <lora:lora:0.3> <lora:lora:0.3>", "hr_prompt": f"{PLAIN} <lora:lora:0.3>"}
+    composed = contract.composed({"base_share": 0}, **prompts, **hires)
+    assert mean(composed.images, contract.plain(**prompts, **hires).images) < 0.05
