@@ -41,6 +41,14 @@ real WebUI with the real extensions in it, on a CPU, with tiny random models.
 *Time* is what the composed generation takes with the other extension, in generations composed without it; one
 measurement each, so a hint and no more. *Calls* are calls of the UNet in those two generations, where more of them are
 made in order to keep the WebUI's own rows and order.
+
+Who takes part is told by what is replaced in the model, not by name, so this holds for extensions that are not listed,
+too: then each LoRA is evaluated in the WebUI's own rows and order, which takes longer and is said in the infotext. What
+cannot be right is refused: LoRAs or prompts of an extension's own for parts of the image, texts changed while the image
+is made, answers that depend on how often somebody was asked, parts of the model left out in some steps.
+
+ADetailer paints what it found in a generation of its own, for which it runs only the scripts that its setting *Script
+names to apply to ADetailer* lists: add `loratorio` there, or the LoRAs act merged in that part.
 """
 
 Results = Mapping[str, Mapping[str, Any]]
