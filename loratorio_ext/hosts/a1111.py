@@ -42,6 +42,7 @@ from loratorio_ext.hosts.a1111_loras import (
     unet_lora,
 )
 from loratorio_ext.hosts.neighbours import (
+    TELLING,
     callers_of,
     keepers_of,
     meddlers_with_loras,
@@ -86,9 +87,6 @@ logger = logging.getLogger("loratorio")
 
 PROBES = 3
 """In so many steps of a pass the host's own calls are made once more in company: some remember only after the first."""
-TELLING = 1e-3
-"""Two outputs of a model for the same rows that differ by more than this share of their length differ not by rounding.
-"""
 
 
 # --- one call of the host's denoiser ----------------------------------------------------------------------------------

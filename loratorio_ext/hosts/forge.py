@@ -40,7 +40,7 @@ from loratorio_ext.hosts.forge_loras import (
     unet_lora,
 )
 from loratorio_ext.hosts.forge_patches import branches, joined
-from loratorio_ext.hosts.neighbours import callers_of, named
+from loratorio_ext.hosts.neighbours import TELLING, callers_of, named
 from loratorio_ext.hosts.pool_files import POOL_FILES
 from loratorio_ext.hosts.webui import (
     check_tags,
@@ -69,9 +69,6 @@ logger = logging.getLogger("loratorio")
 
 LABEL = "loratorio_label"
 REGIONAL = ("area", "mask", "timestep_start", "timestep_end")
-TELLING = 1e-3
-"""Two outputs of a model for the same rows that differ by more than this share of their length differ not by rounding.
-"""
 
 
 # --- conditionings ----------------------------------------------------------------------------------------------------

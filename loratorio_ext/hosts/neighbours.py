@@ -20,6 +20,9 @@ REPLACEABLE = ("forward", "_forward")
 """What a module's caller runs: PyTorch's name for it, and the one that UNet blocks of the LDM family checkpoint."""
 PATCHED_BY_THE_HOST = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.MultiheadAttention)
 """The kinds of layers whose ``forward`` applies the host's LoRAs."""
+TELLING = 1e-3
+"""Two outputs of a model for the same rows that differ by more than this share of their length differ not by rounding.
+"""
 DEPTH = 4
 """So many functions within functions are looked into: wrappers, decorators, what a closure holds."""
 
