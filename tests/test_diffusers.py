@@ -105,7 +105,7 @@ def arguments(pipe, prompt=PROMPT, negative=NEGATIVE, cfg=CFG, steps=STEPS, size
     }
 
 
-def generate(pipe, loras=(), on_step=None, call=None, **options):
+def generate(pipe, loras=(), /, on_step=None, call=None, **options):
     with composed(pipe, loras, on_step=on_step, **options):
         return pipe(**arguments(pipe, **(call or {}))).images
 

@@ -92,7 +92,7 @@ def test_python(files, page, snippet):
     exec(compile(snippet, page, "exec"), names)
     last = names["composition"].steps[-1]
     assert names["image"].size == (128, 128) and last.weights.shape == (len(last.members), 1, 4, 4)
-    assert last.members == (["watercolour"] if "steps=" in snippet else ["knight", "watercolour"])
+    assert last.members == (["watercolour"] if 'steps="' in snippet else ["knight", "watercolour"])
 
 
 @pytest.mark.parametrize("page", PAGES)

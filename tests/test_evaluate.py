@@ -10,10 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import composlora, demo, world
 from benchmarks.evaluate import SUITES, Unit, read_rows, run, units
-from benchmarks.painting import paint, psnr
+from benchmarks.painting import paint, psnr, step_statistics
 from benchmarks.report import write_report
 from benchmarks.statistics import (
     Share,
@@ -26,7 +27,8 @@ from benchmarks.statistics import (
     share_present,
 )
 from benchmarks.variants import SWEEP, exact_of, resolved, variant_name
-from loratorio_ext.hosts.diffusers import load_lora
+from loratorio_ext.core import Plan
+from loratorio_ext.hosts.diffusers import Step, load_lora
 from tests.tiny_pipelines import make_pipeline, write_lora
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -138,6 +140,15 @@ def test_psnr():
 
 
 # --- report -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_lora_that_takes_no_part_in_a_step_has_no_weight_there():
+    def step(index, members, weights):
+        plan, patches = Plan(Plan.BASE, members, members=members), torch.ones(len(members), 1, 2, 2)
+        return Step(index, 1.0, plan, ("a", "b"), patches, torch.tensor(weights).view(-1, 1, 1, 1) * patches)
+
+    found = step_statistics([step(0, (0, 1), [0.25, 0.75]), step(1, (1,), [1.0]), Step(2, 1.0, Plan(Plan.MERGED), ())])
+    assert found["weights"] == pytest.approx([0.125, 0.875])
 
 
 def test_the_report_tables_and_plots_every_variant(tmp_path):
