@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from loratorio_ext.record import read_shares, written_shares
 from loratorio_ext.settings import Settings
 from tests.contract.rows import THREE, TWO, largest, mean
-from tests.live.webui import RequestError
+from tests.live.webui import RequestError, encode_image
 
 PLAIN = "a cat on a hill"
 FIVE = ["lora", "locon:0.8", "unet_only:0.9", "rank_1", "down_blocks:0.7"]
@@ -221,6 +221,21 @@ def test_who_painted_what_as_pictures_and_data(contract):
     np.testing.assert_allclose(maps.sum(axis=1), 1, atol=5e-3)
     np.testing.assert_allclose(maps.mean(axis=(2, 3)), np.mean(data["shares"], axis=1), atol=5e-3)
     assert np.max(data["base"]) < 2e-3 and np.shape(data["base"]) == (4, 8)
+
+
+def test_only_the_masked_part_was_painted(contract):
+    """Where only the masked part is sampled, at another size, the weights lie on that part of the whole image."""
+    image = contract.webui.txt2img(prompt="a red boat", seed=7, width=320, height=320).images[0]
+    mask = np.zeros_like(image)
+    mask[200:280, 40:120] = 255
+    masked = {"mask": encode_image(mask), "inpaint_full_res": True, "inpaint_full_res_padding": 8, "mask_blur": 2}
+    request = {"image": image, "prompt": TWO, "denoising_strength": 0.8, "width": 64, "height": 64, **masked}
+    shown = contract.composed({"show_maps": True}, **request)
+    painted = shown.images[-3].astype(int)
+    assert painted.shape == image.shape
+    grey = np.abs(painted - painted.mean(axis=2, keepdims=True)).max(axis=2) < 2
+    assert grey[:180].all() and grey[:, 160:180].all(), "far from the mask: no colour"
+    assert not grey[220:240, 70:90].any(), "under the mask"
 
 
 def test_pictures_are_saved_beside_the_image_and_only_with_it(contract):
