@@ -325,7 +325,8 @@ class A1111Sampling:
                 return
             self.meet_company()
             self.host_pass = self.handed_over(params)
-            self.randomness = random_states()
+            if self.company:
+                self.randomness = random_states()
             self.step.enter_context(only(self.networks, self.everywhere))
             self.step.enter_context(undisturbed(self.networks, self.generation.fail))
             self.step.enter_context(answered(denoiser.inner_model, self.answer))
