@@ -26,7 +26,8 @@ class Option:
 
     ``low`` and ``high`` are inclusive; ``choices`` are the allowed names of a text option; ``methods`` are the
     methods that use it (empty: all), others ignore it and the UI hides it. ``idle``: the value with which it does
-    nothing, if there is one; ``needs``: the option while which is idle this one has no effect.
+    nothing, if there is one; ``needs``: the option while which is idle this one has no effect; ``replaced_by``: the one
+    that takes its place, so that it has an effect only while that is idle.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Option:
     methods: tuple[str, ...] = ()
     idle: Any = None
     needs: str = ""
+    replaced_by: str = ""
 
     @property
     def kind(self) -> type:
@@ -277,6 +279,7 @@ OPTIONS = (
         group="Weights",
         choices=("adaptive", "fixed"),
         methods=LORATORIO,
+        replaced_by="combination",
     ),
     Option(
         "temperature",
@@ -289,6 +292,7 @@ OPTIONS = (
         high=1_000_000.0,
         step=0.01,
         methods=LORATORIO,
+        replaced_by="combination",
     ),
     Option(
         "relativity",
@@ -310,6 +314,7 @@ OPTIONS = (
         group="Weights",
         choices=("nearest", "bilinear"),
         methods=LORATORIO,
+        replaced_by="patches",
     ),
     Option(
         "base_share",
@@ -473,6 +478,69 @@ OPTIONS = (
         methods=COMPOSING,
         idle=(),
     ),
+    Option(
+        "combination",
+        "shares",
+        "Combination",
+        "shares: in every patch the LoRAs' weights add up to 1 (the paper). gates: what each LoRA changes is added to "
+        "the bare model, in full where it diverges most, fading where others diverge more; what lies apart or agrees "
+        "adds up, as in merging. Temperature and temperature mode have no effect on gates.",
+        group="Weights",
+        choices=("shares", "gates"),
+        methods=LORATORIO,
+        idle="shares",
+    ),
+    Option(
+        "sharpness",
+        4.0,
+        "Sharpness of gates",
+        "How fast a LoRA fades where others diverge more. 0: not at all, everything is added up. 1: in proportion. "
+        "Higher: one LoRA in a patch.",
+        group="Weights",
+        low=0.0,
+        high=64.0,
+        step=0.5,
+        methods=LORATORIO,
+        needs="combination",
+    ),
+    Option(
+        "global_below",
+        0.0,
+        "Global below",
+        "LoRAs whose divergence varies less than this over the image (standard deviation over mean), such as styles "
+        "and backgrounds, are added in full and compete with nobody. 0: all compete. Gates only.",
+        group="Weights",
+        low=0.0,
+        high=8.0,
+        step=0.05,
+        methods=LORATORIO,
+        idle=0.0,
+        needs="combination",
+    ),
+    Option(
+        "patches",
+        "grid",
+        "Patches",
+        "grid: the image is cut into patches (the paper). sliding: one around every latent pixel, so that weights "
+        "have no borders; upsampling has no effect then.",
+        group="Weights",
+        choices=("grid", "sliding"),
+        methods=LORATORIO,
+        idle="grid",
+    ),
+    Option(
+        "momentum",
+        0.0,
+        "Momentum",
+        "How much of the divergence of earlier steps stays, as an exponential mean. 0: every step stands for itself "
+        "(the paper).",
+        group="Weights",
+        low=0.0,
+        high=0.99,
+        step=0.05,
+        methods=LORATORIO,
+        idle=0.0,
+    ),
 )
 
 UNTOUCHED_BY_PRESETS = ("enabled", "pool", "pool_weight", "show_maps", "loras", "everywhere")
@@ -494,6 +562,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "end": 1.0,
         "refresh": 0,
         "reselect_every": 1,
+        "combination": "shares",
+        "patches": "grid",
+        "momentum": 0.0,
     },
     "balanced": {"refresh": 1},
     "fast": {"refresh": 1, "base_share": 1.0},
@@ -559,10 +630,12 @@ class _Settings:
         return self.start <= progress and (progress < self.end or self.end == 1)
 
     def matters(self, option: Option) -> bool:
-        """Whether an option's value has an effect: the method uses it, and neither it nor what it needs is idle."""
-        value, needs = getattr(self, option.name), OPTION.get(option.needs)
+        """Whether an option's value has an effect: the method uses it, neither it nor what it needs is idle, and
+        nothing takes its place."""
+        value, needs, other = getattr(self, option.name), OPTION.get(option.needs), OPTION.get(option.replaced_by)
         idle = option.idle is not None and value == option.idle
-        return option.used_by(self.method) and not idle and (needs is None or self.matters(needs))
+        in_force = (needs is None or self.matters(needs)) and (other is None or not self.matters(other))
+        return option.used_by(self.method) and not idle and in_force
 
     def to_infotext(self) -> dict[str, str]:
         """Generation parameters that `from_infotext` reads back, today and after defaults have changed: the version,

@@ -8,6 +8,7 @@ import math
 import numpy as np
 
 SMALLEST_TEMPERATURE = 1e-6
+SMALLEST_DIVERGENCE = 1e-10
 
 
 def boxes(height, width, p):
@@ -19,12 +20,13 @@ def boxes(height, width, p):
 
 
 def cosine(a, b):
-    """Of two vectors; 1 if either has no length."""
+    """Of two vectors; 1 if either has no length, or if they are as good as parallel."""
     scale_a, scale_b = np.abs(a).max(), np.abs(b).max()
     if scale_a == 0 or scale_b == 0:
         return 1.0
     a, b = a / scale_a, b / scale_b
-    return float(np.dot(a, b) / math.sqrt(np.dot(a, a) * np.dot(b, b)))
+    value = float(np.dot(a, b) / math.sqrt(np.dot(a, a) * np.dot(b, b)))
+    return 1.0 if 1 - value < SMALLEST_DIVERGENCE else value
 
 
 def patch_similarity(eps, eps_base, p):
@@ -41,6 +43,31 @@ def patch_similarity(eps, eps_base, p):
                     base = eps_base[j, :, top:bottom, left:right].ravel()
                     out[i, j, y, x] = cosine(mine, base)
     return out
+
+
+def window_similarity(eps, eps_base, p):
+    """[N,B,C,H,W], [B,C,H,W] -> [N,B,H,W]: of what lies around each pixel, up to p/2 pixels away in both directions; at
+    just p/2 (p even) a row or column counts half."""
+    eps, eps_base = np.asarray(eps, np.float64), np.asarray(eps_base, np.float64)
+    n, b, _, height, width = eps.shape
+
+    def counts(position, centre):
+        distance = abs(position - centre)
+        return 0.5 if distance == p / 2 else float(distance < p / 2)
+
+    out = np.empty((n, b, height, width))
+    for y in range(height):
+        for x in range(width):
+            rows = [counts(position, y) for position in range(height)]
+            columns = [counts(position, x) for position in range(width)]
+            within = np.sqrt(np.outer(rows, columns))  # squared again in products
+            for i in range(n):
+                for j in range(b):
+                    out[i, j, y, x] = cosine((within * eps[i, j]).ravel(), (within * eps_base[j]).ravel())
+    return out
+
+
+SIMILARITY = {"grid": patch_similarity, "sliding": window_similarity}
 
 
 def patch_prior(place, p):
@@ -135,6 +162,33 @@ def adaptive_temperature(score, kappa, mask=None):
     return out
 
 
+def coefficient_of_variation(values):
+    """Standard deviation over mean of an image's patches [h,w]; 0 of zeros."""
+    values = np.ravel(values)
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / len(values)) / mean if mean > 0 else 0
+
+
+def gates(relative, q, mask, share, prior, global_below=0):
+    """[N,R,h,w] from r, the mask [N,R,h,w], share [N] and prior [N,h,w]: prior_i (c_i / max_j prior_j c_j)**q with
+    c = share r, at most prior_i; of those in the mask. A LoRA that is flat over the image has its prior and is nobody's
+    rival."""
+    n, rows, h, w = relative.shape
+    out = np.zeros_like(relative)
+    for j in range(rows):
+        spread = [coefficient_of_variation(relative[i, j]) for i in range(n)]
+        flat = [relative[i, j].any() and spread[i] < global_below for i in range(n)]
+        for y in range(h):
+            for x in range(w):
+                claim = [share[i] * relative[i, j, y, x] for i in range(n)]
+                members = [i for i in range(n) if mask[i, j, y, x]]
+                largest = max([prior[i, y, x] * claim[i] for i in members if not flat[i]], default=0)
+                for i in members:
+                    ratio = min(1, claim[i] / largest) if largest > 0 else float(claim[i] > 0)
+                    out[i, j, y, x] = prior[i, y, x] * (1 if flat[i] else ratio**q)
+    return out
+
+
 def upsample_nearest(weights, size, p):
     weights = np.asarray(weights, np.float64)
     height, width = size
@@ -189,6 +243,16 @@ def compose(predictions, weights, base=None):
     return out
 
 
+def gated_sum(predictions, gates, base):
+    """[N,B,C,H,W], [N,B,H,W], [B,C,H,W] -> [B,C,H,W]: the base, and everyone's difference from it through a gate."""
+    out = np.array(base, np.float64)
+    for i in range(len(predictions)):
+        for j in range(len(base)):
+            for channel in range(len(base[j])):
+                out[j, channel] += gates[i, j] * (np.asarray(predictions[i, j, channel], np.float64) - base[j, channel])
+    return out
+
+
 def recenter(base_uncond, composed_uncond, base_share):
     return base_share * np.asarray(base_uncond, np.float64) + (1 - base_share) * np.asarray(composed_uncond, np.float64)
 
@@ -213,29 +277,41 @@ def coverage(prior, mask):
 
 
 def loratorio(
-    eps, eps_base, cond, uncond, base_uncond, image_of_row, options, mask=None, place=None, share=None, base_cond=None
-):
-    """Sections 1 to 4: (cond [R,C,H,W], uncond [B,C,H,W] or None, patch weights [N,R,h,w]).
+    eps, eps_base, cond, uncond, base_uncond, image_of_row, options, mask=None, place=None, share=None, base_cond=None,
+    relative=None,
+):  # fmt: skip
+    """Sections 1 to 4, or the gated sum: (cond [R,C,H,W], uncond [B,C,H,W] or None, patch weights [N,R,h,w]).
 
     ``mask [N,R,h,w]``: who takes part, where that was settled in an earlier step. ``place [N,H,W]``: where everyone may
     act, the rest is ``base_cond [R,C,H,W]`` and ``base_uncond``; ``share [N]``: a factor on everyone's claim.
+    ``relative [N,R,h,w]``: the relative divergences, where earlier steps have a part in them.
     """
     p = options["patch_size"]
-    similarity = patch_similarity(eps, eps_base, p)
+    similarity = SIMILARITY[options["patches"]](eps, eps_base, p)
+    if options["patches"] == "sliding":
+        p = 1  # of the weights
     n, _, h, w = similarity.shape
+    gated = options["combination"] == "gates"
     everywhere = place is None
     prior = np.ones((n, h, w)) if everywhere else patch_prior(place, p)
     share_of = np.ones(n) if share is None else np.asarray(share, np.float64)
     if mask is None:
         mask = top_k_mask(similarity, options["top_k"], options["selection_scope"], prior)
-    score = -relative_divergence(similarity, options["relativity"])
-    tau = options["temperature"]
-    if options["temperature_mode"] == "adaptive":
-        tau = adaptive_temperature(score, tau, mask)
-    claim = np.stack([share_of[i] * prior[i] for i in range(n)])
-    weights = softmin_weights(score, tau, mask=mask, claim=claim) * coverage(prior, mask)
+    if relative is None:
+        relative = relative_divergence(similarity, options["relativity"])
+    if gated:
+        weights = gates(relative, options["sharpness"], mask, share_of, prior, options["global_below"])
+    else:
+        tau = options["temperature"]
+        if options["temperature_mode"] == "adaptive":
+            tau = adaptive_temperature(-relative, tau, mask)
+        claim = np.stack([share_of[i] * prior[i] for i in range(n)])
+        weights = softmin_weights(-relative, tau, mask=mask, claim=claim) * coverage(prior, mask)
     pixels = UPSAMPLE[options["upsampling"]](weights, np.shape(cond)[-2:], p)
-    composed = compose(cond, pixels, None if everywhere else base_cond)
+    if gated:
+        composed = gated_sum(cond, pixels, base_cond)
+    else:
+        composed = compose(cond, pixels, None if everywhere else base_cond)
     if base_uncond is None:
         return composed, None, weights
     base_share = options["base_share"]
@@ -248,7 +324,10 @@ def loratorio(
         ],
         axis=1,
     )
-    composed_uncond = compose(uncond, of_image, None if everywhere else base_uncond)
+    if gated:
+        composed_uncond = gated_sum(uncond, of_image, base_uncond)
+    else:
+        composed_uncond = compose(uncond, of_image, None if everywhere else base_uncond)
     return composed, recenter(base_uncond, composed_uncond, base_share), weights
 
 
@@ -285,18 +364,44 @@ class Selection:
     selection."""
 
     def __init__(self, every):
-        self.every, self.steps, self.mask, self.members = every, 0, None, None
+        self.every, self.steps, self.mask, self.members, self.anew = every, 0, None, None, True
 
     def __call__(self, eps, eps_base, options, place=None, members=None):
         """The mask [N,R,h,w] of this step. Of a full evaluation of the ``members`` (None: always the same ones), only
         what the mask leaves in is to be used."""
         if self.steps % self.every == 0 or members != self.members:
-            similarity = patch_similarity(eps, eps_base, options["patch_size"])
-            prior = None if place is None else patch_prior(place, options["patch_size"])
+            sliding = options["patches"] == "sliding"
+            similarity = SIMILARITY[options["patches"]](eps, eps_base, options["patch_size"])
+            prior = None if place is None else patch_prior(place, 1 if sliding else options["patch_size"])
             self.mask = top_k_mask(similarity, options["top_k"], options["selection_scope"], prior)
+            self.anew = True
+        else:
+            self.anew = False
         self.members = members
         self.steps += 1
         return self.mask
+
+
+class Momentum:
+    """Everyone's relative divergence as an exponential mean over the steps in which it took part without a break."""
+
+    def __init__(self, momentum):
+        self.momentum, self.known = momentum, {}
+
+    def __call__(self, eps, eps_base, options, members=None, mask=None):
+        """The relative divergences [M,R,h,w] of the ``members`` (None: always the same ones) in this step; whom the
+        mask leaves out everywhere counts for nothing, and is not evaluated."""
+        similarity = SIMILARITY[options["patches"]](eps, eps_base, options["patch_size"])
+        relative = relative_divergence(similarity, options["relativity"])
+        members = list(range(len(eps))) if members is None else list(members)
+        self.known = {i: self.known[i] for i in members if i in self.known}
+        for position, i in enumerate(members):
+            if mask is not None and not mask[position].any():
+                continue
+            if i in self.known:
+                relative[position] = self.momentum * self.known[i] + (1 - self.momentum) * relative[position]
+            self.known[i] = relative[position].copy()
+        return relative
 
 
 class Reuse:

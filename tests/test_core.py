@@ -519,6 +519,10 @@ def options(**changed):
         "upsampling": "nearest",
         "top_k": 0,
         "selection_scope": "image",
+        "combination": "shares",
+        "sharpness": 4.0,
+        "global_below": 0.0,
+        "patches": "grid",
     }
     return {**plain, **changed}
 
@@ -534,6 +538,10 @@ def method_options(draw):
         upsampling=draw(st.sampled_from(["nearest", "bilinear"])),
         top_k=draw(st.integers(0, 4)),
         selection_scope=draw(st.sampled_from(["image", "patch"])),
+        combination=draw(st.sampled_from(["shares", "gates"])),
+        sharpness=draw(st.sampled_from([0.0, 0.5, 1.0, 4.0])),
+        global_below=draw(st.sampled_from([0.0, 0.0, 0.4, 8.0])),
+        patches=draw(st.sampled_from(["grid", "grid", "sliding"])),
     )
 
 
@@ -570,6 +578,7 @@ def expected(predictions, chosen):
         maybe(predictions.host_uncond),
         predictions.image_of_row,
         chosen,
+        base_cond=exact(predictions.host_cond),
     )
 
 
@@ -865,6 +874,12 @@ class TestMethodFromSettings:
             patch_size=7, temperature=0.7, relativity=0.25, upsampling="bilinear", base_share=0.75, top_k=3
         )
         assert core.method_from(chosen) == core.LoRAtorio(7, 0.7, "adaptive", 0.25, 0.75, "bilinear", 3, "image")
+        gates = Settings(combination="gates", sharpness=2, global_below=0.5, patches="sliding")
+        wanted = {"combination": "gates", "sharpness": 2.0, "global_below": 0.5, "patches": "sliding"}
+        assert wanted.items() <= vars(core.method_from(gates)).items()
+        carrying = core.method_from(Settings(momentum=0.5))
+        assert isinstance(carrying, core.Momentum)
+        assert (carrying.method, carrying.momentum) == (core.method_from(Settings()), 0.5)
         paper = Settings.from_mapping({"preset": "paper"})
         assert core.method_from(paper) == core.LoRAtorio(
             paper.patch_size, 1.0, "fixed", 0.0, 0.5, "nearest", 0, "image"
@@ -876,7 +891,7 @@ class TestMethodFromSettings:
     def test_an_option_a_method_uses_says_so(self):
         for name in ("loratorio", "composite", "switch", "merge"):
             fields = set(vars(core.method_from(Settings(method=name))))
-            around = {"refresh", "warmup", "reselect_every"}  # of `InTurn` and `Reselection`, around the method
+            around = {"refresh", "warmup", "reselect_every", "momentum"}  # of what comes around the method
             around |= {"show_maps"}  # of the host
             assert fields == {option.name for option in OPTIONS if option.methods == (name,)} - around
 

@@ -48,6 +48,7 @@ def only(full, plan):
 
 def options(**changed):
     plain = dict(patch_size=2, temperature=0.3, temperature_mode="adaptive", relativity=0.5, base_share=0.5, top_k=2)
+    plain |= {"combination": "shares", "sharpness": 4.0, "global_below": 0.0, "patches": "grid"}
     return plain | {"upsampling": "nearest", "selection_scope": "image"} | changed
 
 
@@ -65,6 +66,8 @@ def method_options(draw):
         base_share=draw(st.sampled_from([0.0, 0.5, 1.0])),
         top_k=draw(st.integers(0, 5)),
         selection_scope=draw(st.sampled_from(["image", "patch"])),
+        combination=draw(st.sampled_from(["shares", "gates"])),
+        patches=draw(st.sampled_from(["grid", "sliding"])),
     )
 
 
@@ -88,8 +91,9 @@ def test_agrees_with_the_oracle_over_the_steps(chosen, every, n, rows, skipped, 
         assert set(plan.isolated) >= {i for i in range(n) if mask[i].any()}
         unconds = [None if each is None else each.numpy() for each in (full.uncond, full.host_uncond)]
         cond, uncond, weights = oracle.loratorio(
-            full.eps.numpy(), full.eps_base.numpy(), full.cond.numpy(), *unconds, rows, chosen, mask
-        )
+            full.eps.numpy(), full.eps_base.numpy(), full.cond.numpy(), *unconds, rows, chosen, mask,
+            base_cond=full.host_cond.numpy(),
+        )  # fmt: skip
         np.testing.assert_allclose(composed.weights, weights, atol=1e-4)
         np.testing.assert_allclose(composed.cond, cond, atol=2e-3)
         if uncond is None:

@@ -472,6 +472,11 @@ class TestArgs:
         True,
         Frozen(knight=Frozen(at="left", share=2.0), city=Frozen(steps="0-0.5")),
         ("lcm", "*slider*"),
+        "gates",
+        2.5,
+        0.5,
+        "sliding",
+        0.75,
     ]
 
     def test_the_examples_differ_from_the_defaults(self):

@@ -8,9 +8,11 @@ from loratorio_ext.core.composition import (
     adaptive_temperature,
     compose,
     recenter,
+    relative_divergence,
     relative_similarity,
     softmin_weights,
 )
+from loratorio_ext.core.gates import gates, is_global
 from loratorio_ext.core.methods import (
     ComposedStep,
     Composite,
@@ -21,13 +23,21 @@ from loratorio_ext.core.methods import (
     Predictions,
     Switch,
 )
-from loratorio_ext.core.patches import patch_similarity, upsample_weights
+from loratorio_ext.core.momentum import Momentum
+from loratorio_ext.core.patches import (
+    DIVERGENCE,
+    patch_divergence,
+    patch_similarity,
+    upsample_weights,
+    window_divergence,
+)
 from loratorio_ext.core.registry import METHODS, method_from
 from loratorio_ext.core.reselection import Reselection
 from loratorio_ext.core.reuse import InTurn
 from loratorio_ext.core.selection import top_k_mask
 
 __all__ = [
+    "DIVERGENCE",
     "METHODS",
     "ComposedStep",
     "Composite",
@@ -35,17 +45,23 @@ __all__ = [
     "LoRAtorio",
     "Merge",
     "Method",
+    "Momentum",
     "Plan",
     "Predictions",
     "Reselection",
     "Switch",
     "adaptive_temperature",
     "compose",
+    "gates",
+    "is_global",
     "method_from",
+    "patch_divergence",
     "patch_similarity",
     "recenter",
+    "relative_divergence",
     "relative_similarity",
     "softmin_weights",
     "top_k_mask",
     "upsample_weights",
+    "window_divergence",
 ]

@@ -41,18 +41,22 @@ def softmin_weights(
     return logits.masked_fill(~chosen, -torch.inf).softmax(dim=0).masked_fill(~chosen, 0)
 
 
-def relative_similarity(similarity: Tensor, gamma: float) -> Tensor:
-    """Divergence measured against the LoRA's own mean over the image, negated so that SoftMin applies unchanged.
+def relative_divergence(divergence: Tensor, gamma: float) -> Tensor:
+    """Divergence measured against the LoRA's own mean over the image.
 
-    ``-r = -d / mean_k(d)**gamma`` with ``d = 1 - similarity``; ``[N, B, h, w] -> [N, B, h, w]``. ``gamma`` 0 is the
-    paper's rule (up to a constant), 1 makes a LoRA that changes everything no louder than one that changes a
-    corner. A LoRA that diverges nowhere gives zeros.
+    ``r = d / mean_k(d)**gamma``; ``[N, B, h, w] -> [N, B, h, w]``. ``gamma`` 0 is the paper's rule, 1 makes a LoRA that
+    changes everything no louder than one that changes a corner. A LoRA that diverges nowhere gives zeros.
     """
-    divergence = 1 - similarity.float()
+    divergence = divergence.float()
     mean = divergence.mean(dim=(-2, -1), keepdim=True).clamp(min=0)
     silent = mean == 0
     scale = torch.where(silent, torch.ones_like(mean), mean).pow(gamma)
-    return torch.where(silent, torch.zeros_like(divergence), -divergence / scale)
+    return torch.where(silent, torch.zeros_like(divergence), divergence / scale)
+
+
+def relative_similarity(similarity: Tensor, gamma: float) -> Tensor:
+    """`relative_divergence` of ``1 - similarity``, negated so that SoftMin applies unchanged."""
+    return -relative_divergence(1 - similarity.float(), gamma)
 
 
 def adaptive_temperature(score: Tensor, kappa: float, chosen: Tensor | None = None) -> Tensor:
@@ -79,8 +83,9 @@ def adaptive_temperature(score: Tensor, kappa: float, chosen: Tensor | None = No
 def compose(predictions: Tensor, weights: Tensor, base: Tensor | None = None) -> Tensor:
     """The weighted sum over LoRAs, per pixel: ``[N, B, C, H, W]``, ``[N, B, H, W] -> [B, C, H, W]``.
 
-    What the weights leave of 1 is that of ``base [B, C, H, W]`` (None: they leave nothing). All weights together are 1,
-    so this serves noise, v and x0 predictions of one noisy latent alike.
+    What the weights leave of 1 is that of ``base [B, C, H, W]`` (None: they leave nothing); where they are more than 1,
+    its weight is negative, and what is summed are the LoRAs' differences from it. All weights together are 1, so this
+    serves noise, v and x0 predictions of one noisy latent alike.
     """
     composed = (weights.unsqueeze(2) * predictions.float()).sum(dim=0)
     if base is not None:

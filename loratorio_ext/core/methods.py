@@ -15,10 +15,11 @@ from loratorio_ext.core.composition import (
     adaptive_temperature,
     compose,
     recenter,
-    relative_similarity,
+    relative_divergence,
     softmin_weights,
 )
-from loratorio_ext.core.patches import patch_mean, patch_similarity, upsample_weights
+from loratorio_ext.core.gates import gates
+from loratorio_ext.core.patches import DIVERGENCE, patch_mean, upsample_weights
 from loratorio_ext.core.selection import top_k_mask
 
 
@@ -51,6 +52,8 @@ class Predictions:
     ``image_of_row``: for each conditional row the image it belongs to.
     ``gain``: how the host's parameterisation moves with the noise, ``output = a x + gain * eps``, equal for all rows.
     ``chosen [N, R, h, w]``: the LoRAs that take part, where that is settled already; None: the method chooses.
+    ``relative [N, R, h, w]``: the LoRAs' relative divergence, where earlier steps have a part in it; None: this step's.
+    ``among``: the positions, among the plan's members, of those N, where only some are left; None: all of them.
     ``place [M, H, W]`` in [0, 1]: where in the image each of the plan's M members may act; None: everywhere.
     ``share [M]``, above 0: a factor on each member's claim; None: 1 for all.
     """
@@ -64,6 +67,8 @@ class Predictions:
     image_of_row: tuple[int, ...]
     gain: float | Tensor
     chosen: Tensor | None = None
+    relative: Tensor | None = None
+    among: tuple[int, ...] | None = None
     place: Tensor | None = None
     share: Tensor | None = None
 
@@ -114,7 +119,7 @@ def coverage(place: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class LoRAtorio:
     """Patch-wise SoftMin of similarity to the base model, and guidance re-centred on it (paper; `temperature_mode`
-    "adaptive" and `relativity` above 0 are this project's)."""
+    "adaptive", `relativity` above 0, `combination` "gates" and `patches` "sliding" are this project's)."""
 
     patch_size: int
     temperature: float
@@ -124,6 +129,10 @@ class LoRAtorio:
     upsampling: str = "nearest"
     top_k: int = 0
     selection_scope: str = "image"
+    combination: str = "shares"
+    sharpness: float = 4.0
+    global_below: float = 0.0
+    patches: str = "grid"
 
     def plan(self, step: int, n: int, members: Sequence[int] | None = None, placed: bool = False) -> Plan:
         members = acting(n, members)
@@ -133,9 +142,27 @@ class LoRAtorio:
         """Whether some of ``n`` LoRAs are left out."""
         return 0 < self.top_k < n
 
+    @property
+    def side(self) -> int:
+        """How many latent pixels one weight is for, in either direction."""
+        return 1 if self.patches == "sliding" else self.patch_size
+
+    def divergence(self, eps: Tensor, eps_base: Tensor) -> Tensor:
+        """1 minus the cosine of LoRAs' and base model's predicted noise in every patch: ``[N, R, h, w]``."""
+        return DIVERGENCE[self.patches](eps, eps_base, self.patch_size)
+
+    def relative_divergence(self, predictions: Predictions) -> Tensor:
+        """What LoRAs compete by, ``[N, R, h, w]``: the larger, the more weight."""
+        return relative_divergence(self.divergence(predictions.eps, predictions.eps_base), self.relativity)
+
     def prior(self, place: Tensor | None) -> Tensor | None:
         """How far each LoRA may act in a patch, ``[N, 1, h, w]``, from where it may act; None: everywhere."""
-        return None if place is None else patch_mean(place.float(), self.patch_size).unsqueeze(1)
+        return None if place is None else patch_mean(place.float(), self.side).unsqueeze(1)
+
+    def select(self, predictions: Predictions) -> Tensor | None:
+        """Who takes part in a step; see `choose`."""
+        divergence = self.divergence(predictions.eps, predictions.eps_base)
+        return self.choose(1 - divergence, self.prior(predictions.place))
 
     def choose(self, similarity: Tensor, prior: Tensor | None = None) -> Tensor | None:
         """Who takes part, ``[N, R, h, w]``; None: all.
@@ -153,8 +180,9 @@ class LoRAtorio:
         chosen: Tensor | None = None,
         place: Tensor | None = None,
         share: Tensor | None = None,
+        relative: Tensor | None = None,
     ) -> Tensor:
-        """Patch weights Omega ``[N, R, h, w]`` from the predicted noise of LoRAs and base model.
+        """Patch weights Omega ``[N, R, h, w]``, or gates, from the predicted noise of LoRAs and base model.
 
         Who is left out takes no part in anything: the adaptive temperature, too, is that of the ``chosen``.
 
@@ -163,10 +191,13 @@ class LoRAtorio:
         priors of the chosen, at most 1. So a LoRA alone has its prior as weight, halves with soft edges that meet leave
         no gap between them, and the rest is the base model's.
         """
-        similarity = patch_similarity(eps, eps_base, self.patch_size)
+        divergence = self.divergence(eps, eps_base)
         prior = self.prior(place)
-        chosen = self.choose(similarity, prior) if chosen is None else chosen
-        score = relative_similarity(similarity, self.relativity)
+        chosen = self.choose(1 - divergence, prior) if chosen is None else chosen
+        relative = relative_divergence(divergence, self.relativity) if relative is None else relative
+        if self.combination == "gates":
+            return gates(relative, self.sharpness, chosen, prior, share, self.global_below)
+        score = -relative
         adaptive = self.temperature_mode == "adaptive"
         temperature = adaptive_temperature(score, self.temperature, chosen) if adaptive else self.temperature
         log_claim = torch.zeros_like(score)
@@ -180,21 +211,29 @@ class LoRAtorio:
         return weights if prior is None else weights * coverage(prior * chosen)
 
     def combine(self, predictions: Predictions) -> ComposedStep:
-        """With ``place``, what the weights leave of a pixel is the base model's."""
+        """With ``place``, what the weights leave of a pixel is the base model's; gates let through differences from it.
+
+        Unconditional predictions are combined alike, by an image's mean weights, before they are re-centred.
+        """
         cond, uncond, size = predictions.cond, predictions.host_uncond, predictions.host_cond.shape[-2:]
         if not len(cond):
-            nobody = patch_mean(cond.new_zeros(0, len(predictions.host_cond), *size), self.patch_size)
+            nobody = patch_mean(cond.new_zeros(0, len(predictions.host_cond), *size), self.side)
             return ComposedStep(predictions.host_cond, uncond, nobody.float())
-        placed = predictions.place is not None
+        with_base = predictions.place is not None or self.combination == "gates"
         weights = self.weights(
-            predictions.eps, predictions.eps_base, predictions.chosen, predictions.place, predictions.share
+            predictions.eps,
+            predictions.eps_base,
+            predictions.chosen,
+            predictions.place,
+            predictions.share,
+            predictions.relative,
         )
-        pixels = upsample_weights(weights, size, self.patch_size, self.upsampling)
+        pixels = upsample_weights(weights, size, self.side, self.upsampling)
         if uncond is not None and self.base_share < 1:
             image_pixels = mean_over_rows(pixels, predictions.image_of_row, len(uncond))
-            composed = compose(predictions.uncond, image_pixels, uncond if placed else None)
+            composed = compose(predictions.uncond, image_pixels, uncond if with_base else None)
             uncond = recenter(uncond, composed, self.base_share)
-        return ComposedStep(compose(cond, pixels, predictions.host_cond if placed else None), uncond, weights)
+        return ComposedStep(compose(cond, pixels, predictions.host_cond if with_base else None), uncond, weights)
 
 
 def mean_weights(place: Tensor, share: Tensor | None) -> Tensor:

@@ -4,6 +4,7 @@ from dataclasses import fields
 from typing import Any
 
 from loratorio_ext.core.methods import Composite, LoRAtorio, Merge, Method, Switch
+from loratorio_ext.core.momentum import Momentum
 from loratorio_ext.core.reselection import Reselection
 from loratorio_ext.core.reuse import InTurn
 
@@ -15,6 +16,8 @@ def method_from(settings: Any) -> Method:
     """The method that ``settings.method`` names, for one sampling pass; its fields are options of the same names."""
     kind = METHODS[settings.method]
     method = kind(**{field.name: getattr(settings, field.name) for field in fields(kind)})
+    if kind is LoRAtorio and settings.momentum:
+        method = Momentum(method, settings.momentum)
     if kind is LoRAtorio and settings.refresh:
         return InTurn(method, settings.refresh, settings.warmup)
     if kind is LoRAtorio and settings.reselect_every > 1:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loratorio_ext.core.methods import ComposedStep, LoRAtorio, Plan, Predictions
-from loratorio_ext.core.patches import patch_similarity
+from loratorio_ext.core.momentum import Momentum
 
 
 class Reselection:
@@ -22,7 +22,7 @@ class Reselection:
     made anew, of those that take part now. One object serves one sampling pass.
     """
 
-    def __init__(self, method: LoRAtorio, every: int):
+    def __init__(self, method: LoRAtorio | Momentum, every: int):
         self.method, self.every = method, every
         self.steps = 0
         self.members: tuple[int, ...] = ()
@@ -44,11 +44,12 @@ class Reselection:
         if not self.method.selects(len(self.members)):
             return self.method.combine(predictions)
         if self.chosen is None:
-            similarity = patch_similarity(predictions.eps, predictions.eps_base, self.method.patch_size)
-            self.chosen = self.method.choose(similarity, self.method.prior(predictions.place))
+            self.chosen = self.method.select(predictions)
         group = list(self.group)
         place, share = (None if each is None else each[group] for each in (predictions.place, predictions.share))
-        composed = self.method.combine(replace(predictions, chosen=self.chosen[group], place=place, share=share))
+        composed = self.method.combine(
+            replace(predictions, chosen=self.chosen[group], among=self.group, place=place, share=share)
+        )
         weights = torch.zeros_like(self.chosen, dtype=composed.weights.dtype)
         weights[group] = composed.weights
         return replace(composed, weights=weights)

@@ -41,7 +41,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from loratorio_ext.claims import Claim, Claims, Tagged, claims_of, not_heeded, places_and_shares
-from loratorio_ext.core import Plan, Predictions, method_from, patch_similarity
+from loratorio_ext.core import DIVERGENCE, Plan, Predictions, method_from
 from loratorio_ext.errors import FileFormatError, SettingsError, UnsupportedError
 from loratorio_ext.hosts.denoisers import (
     ROWS_APART,
@@ -365,7 +365,7 @@ class Composition(ModelHook):
         seen = {}
         if weights is not None:
             eps, eps_base = step.predictions.eps, step.predictions.eps_base
-            similarity = patch_similarity(eps, eps_base, self.settings.patch_size)
+            similarity = 1 - DIVERGENCE[self.settings.patches](eps, eps_base, self.settings.patch_size)
             seen = {"similarity": similarity.cpu(), "weights": weights.cpu()}
         names = tuple(lora.name for lora in self.loras)
         self.steps.append(Step(len(self.steps), float(step.timestep.flatten()[0]), step.plan, names, **seen))
