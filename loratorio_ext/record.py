@@ -22,9 +22,17 @@ def reach(patches: Sequence[int], patch_size: int, latent: Sequence[int]) -> tup
     return tuple(factors) if ends and min(factors) >= 1 else (1.0, 1.0)
 
 
+def as_shares(weights: np.ndarray) -> np.ndarray:
+    """What of a patch is whose, ``[N, ...]``, from weights: where gates add up to more than 1, their proportions. What
+    is left of 1 is the base model's."""
+    total = weights.sum(axis=0)
+    # Not for what rounding makes of 1.
+    return weights / np.where(total > 1 + 1e-5, total, 1)
+
+
 @dataclass(frozen=True)
 class StepWeights:
-    """One model call: patch weights ``[N, B, h, w]`` of N LoRAs in B images, an image's as the mean of its rows'.
+    """One model call: shares ``[N, B, h, w]`` of N LoRAs in B images, an image's as the mean of its rows'.
     ``reach``: how far the patches reach over the image, as factors of its height and width (see `reach`)."""
 
     loras: tuple[str, ...]
@@ -45,8 +53,8 @@ class Record:
         image_of_row: Sequence[int],
         reach: tuple[float, float] = (1.0, 1.0),
     ) -> None:
-        """One step's patch weights ``[N, R, h, w]``, a row of which belongs to an image."""
-        rows = np.asarray(image_of_row)
+        """One step's patch weights ``[N, R, h, w]``, a row of which belongs to an image; kept `as_shares`."""
+        rows, weights = np.asarray(image_of_row), as_shares(weights)
         of_images = np.stack([weights[:, rows == image].mean(axis=1) for image in range(rows.max() + 1)], axis=1)
         self.steps.append(StepWeights(tuple(loras), of_images.astype(np.float32), reach))
 

@@ -245,11 +245,12 @@ def compose(predictions, weights, base=None):
 
 def gated_sum(predictions, gates, base):
     """[N,B,C,H,W], [N,B,H,W], [B,C,H,W] -> [B,C,H,W]: the base, and everyone's difference from it through a gate."""
-    out = np.array(base, np.float64)
+    predictions, base = np.asarray(predictions, np.float64), np.asarray(base, np.float64)
+    out = base.copy()
     for i in range(len(predictions)):
         for j in range(len(base)):
             for channel in range(len(base[j])):
-                out[j, channel] += gates[i, j] * (np.asarray(predictions[i, j, channel], np.float64) - base[j, channel])
+                out[j, channel] += gates[i, j] * (predictions[i, j, channel] - base[j, channel])
     return out
 
 

@@ -161,8 +161,10 @@ def reference(family, files, weights, method, options, call=None, sampler="DDIM"
     options = {
         **{"patch_size": 4, "temperature_mode": "adaptive", "temperature": 0.3, "relativity": 0.5, "base_share": 0.5},
         **{"upsampling": "nearest", "top_k": 0, "selection_scope": "image", "switch_every": 5, "start": 0, "end": 1},
+        **{"combination": "shares", "sharpness": 4.0, "global_below": 0.0, "patches": "grid", "momentum": 0.0},
         **options,
     }
+    momentum = oracle.Momentum(options["momentum"])
     texts = {}
 
     def predict(pipe, x, t):
@@ -207,8 +209,9 @@ def reference(family, files, weights, method, options, call=None, sampler="DDIM"
                     reference_noise(scheduler, out, scaled.numpy(), t, step) for out in (base_cond, *conds)
                 )
                 rows = range(images)
+                relative = momentum(eps, eps_base, options, members)
                 cond, uncond, _ = oracle.loratorio(
-                    eps, eps_base, conds, unconds, base_uncond, rows, options, None, place, share, base_cond
+                    eps, eps_base, conds, unconds, base_uncond, rows, options, None, place, share, base_cond, relative
                 )
         out = oracle.guide(cond, uncond, range(images), [1] * images, call["guidance_scale"]) if guided else cond
         x = scheduler.step(torch.from_numpy(np.asarray(out)).to(x), t, x).prev_sample
@@ -273,6 +276,9 @@ class TestAgainstPeft:
             {"top_k": 2},
             {"top_k": 1, "selection_scope": "patch"},
             {"patch_size": 64},
+            {"combination": "gates"},
+            {"combination": "gates", "global_below": 0.5, "base_share": 0.0, "patch_size": 2, "top_k": 2},
+            {"patches": "sliding", "momentum": 0.5},
             {"start": 0.5},
             {"end": 0.5},
         ],
@@ -327,6 +333,12 @@ class TestClaimsAgainstPeft:
     )
     def test_parts(self, pipes, files, method, parts):
         check(pipes, files["sd1"], method=method, parts=parts)
+
+    @pytest.mark.parametrize(
+        "parts", [[LEFT, RIGHT, {"share": 0.5}], [{"steps": "0-0.5"}, EVERYWHERE, {"steps": "0.25-1"}]], ids=str
+    )
+    def test_parts_with_gates(self, pipes, files, parts):
+        check(pipes, files["sd1"], parts=parts, combination="gates", sharpness=2.0, momentum=0.5)
 
     @pytest.mark.parametrize("family", ["sd2v", "sdxl"])
     def test_families(self, pipes, files, family):

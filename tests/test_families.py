@@ -43,7 +43,10 @@ pytestmark = [
 diffusers.utils.logging.set_verbosity_error()  # that a model was cast to float64
 
 OPTIONS = {"patch_size": 2, "temperature_mode": "adaptive", "temperature": 1.0, "relativity": 0.5, "base_share": 0.5}
-ALL_OPTIONS = {"upsampling": "nearest", "top_k": 0, "selection_scope": "image"}
+ALL_OPTIONS = {
+    **{"upsampling": "nearest", "top_k": 0, "selection_scope": "image"},
+    **{"combination": "shares", "sharpness": 4.0, "global_below": 0.0, "patches": "grid"},
+}
 KINDS = ("everything", "attention", "rest")
 WEIGHTS = (0.9, 1.0, 0.8)
 
@@ -271,6 +274,8 @@ class TestEveryMethod:
             {"base_share": 1.0},
             {"base_share": 0.0, "upsampling": "bilinear", "patch_size": 3},
             {"top_k": 1},
+            {"combination": "gates", "patch_size": 3},
+            {"patches": "sliding"},
             {"refresh": 1, "warmup": 1},
         ],
         ids=str,

@@ -41,6 +41,21 @@ class TestRecord:
         assert table.shape == (2, 3) and table[0, 2] == table[1, 0] == 0
         np.testing.assert_allclose(table.sum(axis=1), 1, rtol=1e-5)
 
+    def test_gates_that_add_up_to_more_are_shared(self):
+        """And what they leave is the base model's."""
+        record, gates = Record(), np.float32([[1.0, 0.5, 0.0], [1.0, 0.25, 1.0], [0.5, 0.0, 0.0]])
+        record.add(["a", "b", "c"], gates.reshape(3, 1, 1, 3), (0,))
+        maps = [[0.4, 0.5, 0], [0.4, 0.25, 1], [0.2, 0, 0]]
+        np.testing.assert_allclose(record.mean_maps(0)[:, 0], maps, atol=1e-6)
+        base = next(part for part in parts_of(record, 0, (3, 1)) if part.name == BASE_NAME)
+        np.testing.assert_allclose(base.map, [[0, 0.25, 0]], atol=1e-6)
+        assert base.share == pytest.approx(0.25 / 3)
+
+    def test_gates_of_several_rows_are_shared_row_by_row(self):
+        record = Record()
+        record.add(["a", "b"], np.float32([[1, 0], [1, 0]]).reshape(2, 2, 1, 1), (0, 0))
+        assert record.share_table(0).tolist() == [[0.25, 0.25]]
+
     def test_nothing_recorded(self):
         assert Record().shares() == [] and Record().images == 0
 

@@ -15,6 +15,7 @@ from loratorio_ext.errors import (
     UnsupportedError,
     WriteError,
 )
+from loratorio_ext.record import as_shares
 
 EXIT_CODES = {SettingsError: 2, MissingFileError: 3, FileFormatError: 4, UnsupportedError: 5, WriteError: 6}
 UNFORESEEN, INTERRUPTED = 1, 130
@@ -33,7 +34,8 @@ def step_report(step: Any, seconds: float) -> dict[str, Any]:
     """
     report = {"step": step.index, "timestep": step.timestep, "seconds": seconds}
     if step.weights is not None:
-        report |= {"loras": step.members, "weights": rounded(step.weights.flatten(1).mean(1))}
+        shares = as_shares(step.weights.float().numpy())
+        report |= {"loras": step.members, "weights": rounded(shares.mean(axis=(1, 2, 3)))}
     if step.weights is not None and step.evaluated:
         similarity = step.similarity.flatten(1)
         report["similarity"] = {

@@ -158,6 +158,7 @@ class Run:
         self.p, self.options, self.conds = p, options, conds
         self.reuse = oracle.Reuse(options["refresh"], options["warmup"])
         self.selection = oracle.Selection(options["reselect_every"])
+        self.momentum = oracle.Momentum(options["momentum"])
         model = p.sd_model
         active = active_loras(model)
         active |= pool(options, active)
@@ -232,8 +233,12 @@ class Run:
             eps, unconds = self.reuse(eps, eps_base, unconds, base_uncond, -sigma[0])
             conds = base_cond - sigma[0] * (eps - eps_base)
         mask = None if self.options["refresh"] else self.selection(eps, eps_base, self.options)
+        left = None if self.selection.anew else mask
+        relative = self.momentum(eps, eps_base, self.options, mask=left)
         step = (eps, eps_base, conds, unconds, base_uncond)
-        cond, uncond, _ = oracle.loratorio(*step, image_of_row, self.options, mask)
+        cond, uncond, _ = oracle.loratorio(
+            *step, image_of_row, self.options, mask, base_cond=base_cond, relative=relative
+        )
         return layout, cond, uncond
 
 

@@ -29,6 +29,7 @@ class Run:
     texts = {}
     reuse = None
     selection = None
+    momentum = None
     params = None
 
 
@@ -160,8 +161,10 @@ def after_unet(result):
             eps, unconds_of = run.reuse(eps, eps_base, unconds_of, base_uncond, gain[0])
             conds_of = base_cond + gain * (eps - eps_base)
         mask = None if options["refresh"] else run.selection(eps, eps_base, options)
+        left = None if run.selection.anew else mask
+        relative = run.momentum(eps, eps_base, options, mask=left)
         step = (eps, eps_base, conds_of, unconds_of, base_uncond)
-        cond, uncond, _ = oracle.loratorio(*step, image_of_row, options, mask)
+        cond, uncond, _ = oracle.loratorio(*step, image_of_row, options, mask, base_cond=base_cond, relative=relative)
     result.x[:conds] = torch.from_numpy(cond).to(result.x)
     if skip:
         uncond = np.stack([cond[rows[0][0]] for rows in conds_list])
@@ -193,6 +196,7 @@ class ReferenceScript(scripts.Script):
             return
         run.reuse = oracle.Reuse(options["refresh"], options["warmup"])
         run.selection = oracle.Selection(options["reselect_every"])
+        run.momentum = oracle.Momentum(options["momentum"])
         run.texts = {}
         for lora in [None, *run.loras]:
             load([] if lora is None else [lora])
