@@ -5,6 +5,8 @@
     ./dev evaluate --suite quick                # every method, 10 to 15 minutes on two cores
     ./dev evaluate --suite sweep                # LoRAtorio's main options, on one half of the combinations
     ./dev evaluate --suite details              # the others, likewise
+    ./dev evaluate --suite gates                # gates beside shares, patches, momentum, likewise
+    ./dev evaluate --suite every-gate --variants "gates q 4" "p 2"  # of all combinations of these, some
     ./dev evaluate --suite confirm              # methods and defaults, on the other half
     ./dev evaluate --suite pool                 # all LoRAs loaded, one to three of them named
     ./dev evaluate --report                     # table and plot of what is in the results file
@@ -33,7 +35,19 @@ from accelerate import PartialState
 from benchmarks import composlora
 from benchmarks.painting import Painting, paint, psnr, step_statistics
 from benchmarks.report import write_report
-from benchmarks.variants import DETAILS, METHODS, POOL, SWEEP, TURBO, Options, exact_of, resolved, variant_name
+from benchmarks.variants import (
+    DETAILS,
+    EVERY_GATE,
+    GATES,
+    METHODS,
+    POOL,
+    SWEEP,
+    TURBO,
+    Options,
+    exact_of,
+    resolved,
+    variant_name,
+)
 from benchmarks.world import KINDS, World, interleaved, render
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -54,6 +68,8 @@ SUITES = {
     "quick": Suite("confirm", METHODS, images=2, combinations=10),
     "sweep": Suite("choose", SWEEP, images=2),
     "details": Suite("choose", DETAILS, images=2),
+    "gates": Suite("choose", GATES, images=2),
+    "every-gate": Suite("choose", EVERY_GATE, images=2),
     "confirm": Suite("confirm", (*METHODS, *TURBO), images=2),
     "pool": Suite("confirm", POOL, images=2, groups=("1", "1+6", "2", "2+5", "3", "3+4")),
 }
@@ -109,6 +125,14 @@ def units(suite: Suite, kinds: Sequence[str], concepts: Sequence[str] = tuple(re
     ]
 
 
+def named(variants: Iterable[Options], words: Sequence[str]) -> tuple[Options, ...]:
+    """The variants whose names in tables hold all of the words; raises `SystemExit` where there is none."""
+    found = tuple(each for each in variants if all(f" {word}," in f" {variant_name(each)}," for word in words))
+    if not found:
+        raise SystemExit(f"No variant of this suite is named with {', '.join(map(repr, words))}")
+    return found
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a results file; a line that an interrupt cut short does not count."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
@@ -146,6 +170,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="the results file; default benchmarks/results/SUITE.jsonl")
     parser.add_argument("--report", action="store_true", help="only write table and plot of the results file")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument(
+        "--variants", nargs="+", metavar="WORDS", default=(), help="those named with all of these words"
+    )
     parser.add_argument("--concepts", nargs="+", choices=render.CONCEPTS, default=tuple(render.CONCEPTS))
     composlora.add_arguments(parser.add_argument_group("--suite composlora"))
     args = parser.parse_args()
@@ -157,7 +184,7 @@ def main() -> None:
             world = composlora.World(args, workers.device)
             variants, work = METHODS, [Unit(each, args.style, (composlora.SEED,)) for each in world.combinations()]
         else:
-            world, variants = World(workers.device), SUITES[args.suite].variants
+            world, variants = World(workers.device), named(SUITES[args.suite].variants, args.variants)
             work = units(SUITES[args.suite], args.kinds, args.concepts)
         added = run(work[workers.process_index :: workers.num_processes], variants, path, world, deadline)
         print(f"{added} rows added to {path}")

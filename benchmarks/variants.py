@@ -44,9 +44,33 @@ POOL = (
 )
 """Ways to deal with more LoRAs than the prompt names."""
 
+GATED = {"combination": "gates", "patch_size": 2, "sharpness": 4.0, "relativity": 1.0, "base_share": 0.5}
+"""The point from which gates are gone through, each axis by itself, beside shares with the same."""
+GATES = (
+    MERGE,
+    *({**CENTRE, "patch_size": p, "patches": patches} for p in (2, 4) for patches in ("grid", "sliding")),
+    *({**CENTRE, "momentum": momentum} for momentum in (0.5, 0.8)),
+    *({**GATED, "patch_size": p, "sharpness": q} for p in (2, 4) for q in (1.0, 2.0, 4.0, 8.0)),
+    *({**GATED, "patch_size": p, "patches": "sliding"} for p in (2, 4)),
+    *({**GATED, "momentum": momentum} for momentum in (0.5, 0.8)),
+    *({**GATED, "global_below": below} for below in (0.5, 1.0)),
+    {**GATED, "patches": "sliding", "momentum": 0.5},
+)
+EVERY_GATE = tuple(
+    {**start, "patch_size": p, "patches": patches, "momentum": momentum, **changed}
+    for p in (2, 4)
+    for patches in ("grid", "sliding")
+    for momentum in (0.0, 0.5, 0.8)
+    for start, changed in (
+        (CENTRE, {}),
+        *((GATED, {"sharpness": q, "global_below": g}) for q in (1.0, 2.0, 4.0, 8.0) for g in (0.0, 0.5, 1.0)),
+    )
+)
+"""All of them with one another."""
 
-NEEDS = {"warmup": "refresh", "selection_scope": "top_k", "reselect_every": "top_k"}
-"""Options that mean nothing while another one is off."""
+
+NEEDS = {"reselect_every": "top_k"}
+"""Options that mean nothing while another one is off, beside those that say so in the table."""
 FORM = ("enabled", "pool", "pool_weight", "show_maps")
 """Options that say which LoRAs there are and what is shown of them: here every combination names its own."""
 
@@ -60,6 +84,7 @@ def resolved(options: Options) -> dict[str, Any]:
         if option.used_by(settings.method)
         and option.name not in FORM
         and (option.name not in NEEDS or getattr(settings, NEEDS[option.name]))
+        and (not (option.needs or option.replaced_by) or settings.matters(option))
     }
 
 
@@ -78,14 +103,21 @@ def variant_name(options: Options) -> str:
     if settings.method != "loratorio":
         return settings.method
     temperature = {"adaptive": "adaptive κ", "fixed": "fixed τ"}[settings.temperature_mode]
+    gated = settings.combination == "gates"
     words = [
-        f"{temperature} {settings.temperature:g}",
+        f"gates q {settings.sharpness:g}" if gated else f"{temperature} {settings.temperature:g}",
         f"γ {settings.relativity:g}",
         f"p {settings.patch_size}",
         f"λ {settings.base_share:g}",
     ]
-    if settings.upsampling != "nearest":
+    if settings.patches != "grid":
+        words.append(settings.patches)
+    elif settings.upsampling != "nearest":
         words.append(settings.upsampling)
+    if settings.momentum:
+        words.append(f"momentum {settings.momentum:g}")
+    if gated and settings.global_below:
+        words.append(f"global below {settings.global_below:g}")
     if settings.top_k:
         words.append(f"top {settings.top_k} per {settings.selection_scope}")
         if settings.reselect_every > 1:

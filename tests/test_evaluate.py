@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import composlora, demo, world
-from benchmarks.evaluate import SUITES, Unit, read_rows, run, units
+from benchmarks.evaluate import SUITES, Unit, named, read_rows, run, units
 from benchmarks.painting import paint, psnr, step_statistics
 from benchmarks.report import write_report
 from benchmarks.statistics import (
@@ -72,12 +72,28 @@ def test_every_variant_of_a_suite_has_a_name_of_its_own():
     assert variant_name({"preset": "paper"}) == "fixed τ 1, γ 0, p 4, λ 0.5"
 
 
+def test_variants_are_found_by_words_of_their_names():
+    variants = SUITES["every-gate"].variants
+    assert named(variants, ()) == variants
+    assert {variant_name(each) for each in named(variants, ("gates q 4", "p 2", "sliding", "momentum 0.5"))} == {
+        f"gates q 4, γ 1, p 2, λ 0.5, sliding, momentum 0.5{more}"
+        for more in ("", ", global below 0.5", ", global below 1")
+    }
+    with pytest.raises(SystemExit, match="'p 20'"):
+        named(variants, ("p 20",))
+
+
 def test_a_row_does_not_depend_on_what_its_method_ignores():
     assert resolved({"method": "merge"}) == {"method": "merge"}
     assert resolved({"method": "switch", "temperature": 9.0}) == resolved({"method": "switch"})
     assert all("enabled" not in resolved(options) for options in SWEEP)
     assert resolved({"warmup": 7, "selection_scope": "patch", "pool": ["a"]}) == resolved({})
     assert resolved({"warmup": 7, "refresh": 1}) != resolved({"refresh": 1})
+    gates = {"combination": "gates"}
+    assert resolved({**gates, "temperature": 9.0, "temperature_mode": "fixed"}) == resolved(gates) != resolved({})
+    assert resolved({"sharpness": 9.0, "global_below": 1.0}) == resolved({})
+    assert resolved({**gates, "sharpness": 9.0}) != resolved(gates) != resolved({**gates, "global_below": 1.0})
+    assert resolved({"patches": "sliding", "upsampling": "bilinear"}) == resolved({"patches": "sliding"})
 
 
 def test_what_is_cheap_is_compared_with_what_is_exact():
