@@ -53,7 +53,7 @@ GATES = (
     *({**GATED, "patch_size": p, "sharpness": q} for p in (2, 4) for q in (1.0, 2.0, 4.0, 8.0)),
     *({**GATED, "patch_size": p, "patches": "sliding"} for p in (2, 4)),
     *({**GATED, "momentum": momentum} for momentum in (0.5, 0.8)),
-    *({**GATED, "global_below": below} for below in (0.5, 1.0)),
+    *({**GATED, "global_below": below} for below in (0.75, 1.2)),
     {**GATED, "patches": "sliding", "momentum": 0.5},
 )
 EVERY_GATE = tuple(
@@ -63,7 +63,7 @@ EVERY_GATE = tuple(
     for momentum in (0.0, 0.5, 0.8)
     for start, changed in (
         (CENTRE, {}),
-        *((GATED, {"sharpness": q, "global_below": g}) for q in (1.0, 2.0, 4.0, 8.0) for g in (0.0, 0.5, 1.0)),
+        *((GATED, {"sharpness": q, "global_below": g}) for q in (1.0, 2.0, 4.0, 8.0) for g in (0.0, 0.75, 1.2)),
     )
 )
 """All of them with one another."""

@@ -77,7 +77,7 @@ def test_variants_are_found_by_words_of_their_names():
     assert named(variants, ()) == variants
     assert {variant_name(each) for each in named(variants, ("gates q 4", "p 2", "sliding", "momentum 0.5"))} == {
         f"gates q 4, γ 1, p 2, λ 0.5, sliding, momentum 0.5{more}"
-        for more in ("", ", global below 0.5", ", global below 1")
+        for more in ("", ", global below 0.75", ", global below 1.2")
     }
     with pytest.raises(SystemExit, match="'p 20'"):
         named(variants, ("p 20",))

@@ -187,7 +187,8 @@ class Step:
 
     ``timestep``: as the denoiser is given it. ``plan``: the evaluations it took, whose numbers are those of ``loras``,
     the names of all that compete. ``similarity [E, R, h, w]`` of the E LoRAs that were ``evaluated``, and ``weights
-    [M, R, h, w]`` of the M ``members`` that took part, patch by patch, where the method has them.
+    [M, R, h, w]`` of the M ``members`` that took part, patch by patch, where the method has them; gates, with that
+    `combination`, which need not add up to 1.
     """
 
     index: int
