@@ -40,6 +40,7 @@ from benchmarks.variants import (
     EVERY_GATE,
     GATES,
     METHODS,
+    OTHERS,
     POOL,
     SWEEP,
     TURBO,
@@ -70,7 +71,7 @@ SUITES = {
     "details": Suite("choose", DETAILS, images=2),
     "gates": Suite("choose", GATES, images=2),
     "every-gate": Suite("choose", EVERY_GATE, images=2),
-    "confirm": Suite("confirm", (*METHODS, *TURBO), images=2),
+    "confirm": Suite("confirm", (*METHODS, *OTHERS, *TURBO), images=2),
     "pool": Suite("confirm", POOL, images=2, groups=("1", "1+6", "2", "2+5", "3", "3+4")),
 }
 

@@ -2,13 +2,15 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from benchmarks.baselines import BASELINES
 from benchmarks.statistics import figures
-from benchmarks.variants import Options
+from benchmarks.variants import BASELINE, Options
 from loratorio_ext.hosts.diffusers import composed, generators
 
 PERFECT = 99.0  # decibels, in place of infinity
@@ -29,11 +31,18 @@ class Painting:
         return float(np.mean(rows)) / 2
 
 
+def composing(world: Any, loras: Sequence[Any], options: Options) -> AbstractContextManager:
+    """While entered, the world's pipeline composes in this way."""
+    if BASELINE in options:
+        return BASELINES[options[BASELINE]](world, loras, options)
+    return composed(world.pipe, loras, **options)
+
+
 def paint(world: Any, combination: Any, kind: str, options: Options, seeds: Sequence[int]) -> Painting:
     """Images of what the combination's prompt asks for, one a seed."""
     started = time.perf_counter()
     loras = [world.lora(concept, kind) for concept in combination.loras]
-    with composed(world.pipe, loras, **options) as composition:
+    with composing(world, loras, options) as composition:
         images = world.pipe(
             combination.prompt,
             num_images_per_prompt=len(seeds),

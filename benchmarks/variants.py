@@ -7,6 +7,9 @@ from loratorio_ext.settings import OPTION, OPTIONS, Settings
 
 Options = Mapping[str, Any]
 
+BASELINE = "baseline"
+"""The option that names a way of composing that is none of the package's (see `baselines`)."""
+
 MERGE, COMPOSITE = {"method": "merge"}, {"method": "composite"}
 SWITCH = {"method": "switch", "switch_every": 2}  # so that in a few steps each of five LoRAs has its turns
 PAPER = {"preset": "paper"}
@@ -34,6 +37,7 @@ DETAILS = (
 )
 TURBO = ({"preset": "balanced"}, {"preset": "fast"}, {"base_share": 1.0})
 METHODS = (MERGE, SWITCH, COMPOSITE, PAPER, {})
+OTHERS = ({BASELINE: "cmlora"}, *({BASELINE: "concatenated", "power": power} for power in (0.5, 1.0)))
 POOL = (
     MERGE,
     PAPER,
@@ -77,6 +81,8 @@ FORM = ("enabled", "pool", "pool_weight", "show_maps")
 
 def resolved(options: Options) -> dict[str, Any]:
     """Every option that has an effect, by name, so that a result means the same when defaults change."""
+    if BASELINE in options:
+        return dict(options)
     settings = Settings.from_mapping(options)
     return {
         option.name: getattr(settings, option.name)
@@ -97,6 +103,9 @@ def exact_of(options: Options) -> dict[str, Any] | None:
 
 def variant_name(options: Options) -> str:
     """Options in a few words, with the method's symbols: "adaptive κ 0.3, γ 0.5, p 2, λ 0.5"."""
+    if BASELINE in options:
+        name, *values = options.values()
+        return " ".join(["CMLoRA" if name == "cmlora" else name, *(f"1/N^{value:g}" for value in values)])
     settings = Settings.from_mapping(options)
     if settings.method == "switch":
         return f"switch every {settings.switch_every}"

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks import composlora, demo, world
+from benchmarks.baselines import CMLoRA, high_frequency_share
 from benchmarks.evaluate import SUITES, Unit, named, read_rows, run, units
 from benchmarks.painting import paint, psnr, step_statistics
 from benchmarks.report import write_report
@@ -26,8 +27,8 @@ from benchmarks.statistics import (
     share_of_named,
     share_present,
 )
-from benchmarks.variants import SWEEP, exact_of, resolved, variant_name
-from loratorio_ext.core import Plan
+from benchmarks.variants import OTHERS, SWEEP, exact_of, resolved, variant_name
+from loratorio_ext.core import Plan, Predictions
 from loratorio_ext.hosts.diffusers import Step, load_lora
 from tests.tiny_pipelines import make_pipeline, write_lora
 
@@ -101,6 +102,68 @@ def test_what_is_cheap_is_compared_with_what_is_exact():
     for cheap in ({"refresh": 1}, {"base_share": 1.0}, {"preset": "fast"}):
         assert exact_of(resolved(cheap)) == resolved({})
     assert exact_of(resolved({"top_k": 2, "reselect_every": 3})) == resolved({"top_k": 2})
+
+
+# --- baselines --------------------------------------------------------------------------------------------------------
+
+
+def predictions_of(cond):
+    """Composite's: the first LoRA is the host's own pass."""
+    return Predictions(
+        host_cond=cond[0],
+        host_uncond=-cond[0],
+        cond=cond[1:],
+        uncond=-cond[1:],
+        eps_base=cond[0],
+        eps=cond[1:],
+        image_of_row=(0,),
+        gain=1.0,
+    )
+
+
+def waves(*periods):
+    """``[N, 1, 1, 12, 12]``: stripes of these widths."""
+    across = torch.arange(12.0)
+    return torch.stack([torch.cos(2 * torch.pi * across / period).expand(1, 1, 12, 12) for period in periods])
+
+
+def test_frequencies_are_told_apart():
+    shares = high_frequency_share(waves(12, 2, 3, 6))
+    torch.testing.assert_close(shares, torch.tensor([0.0, 1.0, 1.0, 0.0]), atol=1e-5, rtol=0)
+    assert high_frequency_share(torch.zeros(1, 1, 1, 4, 4)) == 0
+
+
+def test_cmlora_lets_low_frequencies_dominate_late_and_in_turn():
+    """Three LoRAs of falling width: 0 is the widest; whoever dominates has 2.5 of 4.5, the others 1."""
+    cond, method, dominant = waves(12, 4, 2), CMLoRA(10), []
+    for number in range(10):
+        assert method.plan(number, 3) == Plan(host=0, isolated=(1, 2), members=(0, 1, 2))
+        result = method.combine(predictions_of(cond))
+        weights = torch.tensor([[[1.0, 1, 2.5], [1, 2.5, 1], [2.5, 1, 1]][-1 - i] for i in range(3)]) / 4.5
+        mixes = torch.einsum("kn,n...->k...", weights, cond)
+        found = [i for i, mix in enumerate(mixes) if torch.allclose(mix, result.cond, atol=1e-5)]
+        dominant += found
+        torch.testing.assert_close(result.uncond, -result.cond)
+    assert dominant == [2, 1, 2, 1, 2, 1, 1, 0, 1, 0]
+
+
+def test_cmlora_of_one_is_its_own_prediction():
+    cond, method = waves(3), CMLoRA(4)
+    for number in range(4):
+        method.plan(number, 1)
+        torch.testing.assert_close(method.combine(predictions_of(cond)).cond, cond[0])
+
+
+def test_baselines_paint(tiny):
+    combination = world.combinations("2")[0]
+
+    def image(options):
+        return paint(tiny, combination, "quiet", options, (3,)).images[0].tobytes()
+
+    assert image({"baseline": "concatenated", "power": 0.0}) == image({"method": "merge"})
+    made = [image(options) for options in ({"method": "merge"}, {"method": "composite"}, *OTHERS)]
+    assert len(set(made)) == len(made)
+    assert image({"method": "composite"}) == made[1], "a baseline leaves nothing behind"
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------

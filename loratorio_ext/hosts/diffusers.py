@@ -41,7 +41,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from loratorio_ext.claims import Claim, Claims, Tagged, claims_of, not_heeded, places_and_shares
-from loratorio_ext.core import DIVERGENCE, Plan, Predictions, method_from
+from loratorio_ext.core import DIVERGENCE, Method, Plan, Predictions, method_from
 from loratorio_ext.errors import FileFormatError, SettingsError, UnsupportedError
 from loratorio_ext.hosts.denoisers import (
     ROWS_APART,
@@ -239,6 +239,8 @@ class Composition(ModelHook):
     ):
         super().__init__()
         self.pipe, self.settings, self.on_step = pipe, settings, on_step
+        self.new_method: Callable[[], Method] = functools.partial(method_from, settings)
+        """Makes the method of one call of the pipeline; another one may be put in its place between calls."""
         claims = claims_by_name(loras, settings)
         acting = [(lora, claim) for lora, claim in zip(loras, claims.each) if lora.branches]
         self.inert = tuple(lora.name for lora in loras if not lora.branches)
@@ -261,7 +263,7 @@ class Composition(ModelHook):
     def start(self) -> None:
         """Forget what belonged to the pipeline's call before: images may be others, and of another size."""
         self.steps = []
-        self.method = method_from(self.settings)
+        self.method = self.new_method()
         self.texts, self.control = Texts(), Encoded()
         self.given: list[Any] = []
         self.under_way: UnderWay | None = None
