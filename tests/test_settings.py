@@ -613,12 +613,27 @@ class TestInfotext:
             ("selection_scope", "top_k"),
             ("warmup", "refresh"),
             ("pool_weight", "pool"),
+            ("sharpness", "combination"),
         ],
     )
     def test_what_an_idle_option_is_needed_for_has_no_effect(self, option, of):
-        busy = {"top_k": 1, "refresh": 1, "pool": ["a"]}[of]
+        busy = {"top_k": 1, "refresh": 1, "pool": ["a"], "combination": "gates"}[of]
         assert OPTION[option].infotext_key not in Settings(enabled=True).to_infotext()
         assert OPTION[option].infotext_key in Settings(enabled=True, **{of: busy}).to_infotext()
+
+    @named(
+        "option, of, busy",
+        [
+            ("temperature", "combination", "gates"),
+            ("temperature_mode", "combination", "gates"),
+            ("upsampling", "patches", "sliding"),
+        ],
+    )
+    def test_what_another_option_takes_the_place_of_has_no_effect(self, option, of, busy):
+        assert OPTION[option].infotext_key in Settings(enabled=True).to_infotext()
+        assert OPTION[option].infotext_key not in Settings(enabled=True, **{of: busy}).to_infotext()
+        composite = Settings(enabled=True, method="composite", **{of: busy})
+        assert not composite.matters(OPTION[of]) and not composite.matters(OPTION[option])
 
     def test_off_writes_nothing_and_reads_as_off(self):
         assert Settings(patch_size=8).to_infotext() == {}
