@@ -1,20 +1,21 @@
 """Ways of composing that the field compares with and that a WebUI has no use for.
 
-CMLoRA: "Cached Multi-LoRA Composition for Multi-Concept Image Generation", arXiv 2502.04923. Concatenation with a
-coefficient for each LoRA: "LoRA Soups: Merging LoRAs for Practical Skill Composition Tasks", arXiv 2410.13025.
+Each is entered with a world, a combination of its LoRAs, these as they were loaded, and options; it yields what
+`composed` does. CMLoRA: "Cached Multi-LoRA Composition for Multi-Concept Image Generation", arXiv 2502.04923.
+Concatenation with coefficients: "LoRA Soups: Merging LoRAs for Practical Skill Composition Tasks", arXiv 2410.13025.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.soup import learned, similar_scenes, weighted
 from loratorio_ext.core import ComposedStep, Composite, Plan, Predictions
 from loratorio_ext.hosts.diffusers import LoRA, composed
-from loratorio_ext.isolation.branches import scaled
 
 BAND = 0.25
 """Cycles a pixel, half of what a grid can hold: from there on frequencies count as high."""
@@ -68,24 +69,32 @@ class CMLoRA:
         return ComposedStep(*mean)
 
 
+Options = Mapping[str, Any]
+
+
 @contextmanager
-def by_frequency(world: Any, loras: Sequence[LoRA], _options: Mapping[str, Any]) -> Iterator[Any]:
+def by_frequency(world: Any, _combination: Any, loras: Sequence[LoRA], _options: Options) -> Iterator[Any]:
     with composed(world.pipe, loras, method="composite") as composition:
         composition.new_method = lambda: CMLoRA(world.call["num_inference_steps"])
         yield composition
 
 
 @contextmanager
-def concatenated(world: Any, loras: Sequence[LoRA], options: Mapping[str, Any]) -> Iterator[Any]:
+def concatenated(world: Any, _combination: Any, loras: Sequence[LoRA], options: Options) -> Iterator[Any]:
     """All LoRAs side by side in every layer, each at the coefficient ``n ** -power``; power 0 is Merge."""
-    coefficient = len(loras) ** -options["power"]
-    weaker = [
-        replace(lora, branches={name: scaled(branch, coefficient) for name, branch in lora.branches.items()})
-        for lora in loras
-    ]
-    with composed(world.pipe, weaker, method="merge") as composition:
+    everywhere = len(loras) ** -options["power"]
+    coefficients = [dict.fromkeys(lora.branches, everywhere) for lora in loras]
+    with composed(world.pipe, weighted(loras, coefficients), method="merge") as composition:
         yield composition
 
 
-BASELINES = {"cmlora": by_frequency, "concatenated": concatenated}
-"""By their names in options; each is entered with a world, LoRAs and these options, and yields what `composed` does."""
+@contextmanager
+def soup(world: Any, combination: Any, loras: Sequence[LoRA], options: Options) -> Iterator[Any]:
+    """The same at coefficients learned for every layer, in so many ``steps``, on other scenes of the same concepts."""
+    coefficients = learned(world.pipe, loras, partial(similar_scenes, combination.scene), options["steps"])
+    with composed(world.pipe, weighted(loras, coefficients), method="merge") as composition:
+        yield composition
+
+
+BASELINES = {"cmlora": by_frequency, "concatenated": concatenated, "soup": soup}
+"""By their names in options."""

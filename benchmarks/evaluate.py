@@ -8,6 +8,7 @@
     ./dev evaluate --suite gates                # gates beside shares, patches, momentum, likewise
     ./dev evaluate --suite every-gate --variants "gates q 4" "p 2"  # of all combinations of these, some
     ./dev evaluate --suite confirm              # methods and defaults, on the other half
+    ./dev evaluate --suite soup                 # a baseline that learns for each of them
     ./dev evaluate --suite pool                 # all LoRAs loaded, one to three of them named
     ./dev evaluate --report                     # table and plot of what is in the results file
 
@@ -42,6 +43,7 @@ from benchmarks.variants import (
     METHODS,
     OTHERS,
     POOL,
+    SOUP,
     SWEEP,
     TURBO,
     Options,
@@ -72,6 +74,7 @@ SUITES = {
     "gates": Suite("choose", GATES, images=2),
     "every-gate": Suite("choose", EVERY_GATE, images=2),
     "confirm": Suite("confirm", (*METHODS, *OTHERS, *TURBO), images=2),
+    "soup": Suite("confirm", SOUP, images=2),
     "pool": Suite("confirm", POOL, images=2, groups=("1", "1+6", "2", "2+5", "3", "3+4")),
 }
 

@@ -31,10 +31,10 @@ class Painting:
         return float(np.mean(rows)) / 2
 
 
-def composing(world: Any, loras: Sequence[Any], options: Options) -> AbstractContextManager:
+def composing(world: Any, combination: Any, loras: Sequence[Any], options: Options) -> AbstractContextManager:
     """While entered, the world's pipeline composes in this way."""
     if BASELINE in options:
-        return BASELINES[options[BASELINE]](world, loras, options)
+        return BASELINES[options[BASELINE]](world, combination, loras, options)
     return composed(world.pipe, loras, **options)
 
 
@@ -42,7 +42,7 @@ def paint(world: Any, combination: Any, kind: str, options: Options, seeds: Sequ
     """Images of what the combination's prompt asks for, one a seed."""
     started = time.perf_counter()
     loras = [world.lora(concept, kind) for concept in combination.loras]
-    with composing(world, loras, options) as composition:
+    with composing(world, combination, loras, options) as composition:
         images = world.pipe(
             combination.prompt,
             num_images_per_prompt=len(seeds),

@@ -38,6 +38,8 @@ DETAILS = (
 TURBO = ({"preset": "balanced"}, {"preset": "fast"}, {"base_share": 1.0})
 METHODS = (MERGE, SWITCH, COMPOSITE, PAPER, {})
 OTHERS = ({BASELINE: "cmlora"}, *({BASELINE: "concatenated", "power": power} for power in (0.5, 1.0)))
+SOUP = ({BASELINE: "soup", "steps": 60},)
+"""Learns for every combination, which takes longer than painting it."""
 POOL = (
     MERGE,
     PAPER,
@@ -104,8 +106,8 @@ def exact_of(options: Options) -> dict[str, Any] | None:
 def variant_name(options: Options) -> str:
     """Options in a few words, with the method's symbols: "adaptive κ 0.3, γ 0.5, p 2, λ 0.5"."""
     if BASELINE in options:
-        name, *values = options.values()
-        return " ".join(["CMLoRA" if name == "cmlora" else name, *(f"1/N^{value:g}" for value in values)])
+        says = {"cmlora": "CMLoRA", "concatenated": "concatenated at 1/N^{power:g}", "soup": "soup of {steps} steps"}
+        return says[options[BASELINE]].format(**options)
     settings = Settings.from_mapping(options)
     if settings.method == "switch":
         return f"switch every {settings.switch_every}"

@@ -9,10 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import composlora, demo, world
+from benchmarks import composlora, demo, soup, world
 from benchmarks.baselines import CMLoRA, high_frequency_share
 from benchmarks.evaluate import SUITES, Unit, named, read_rows, run, units
 from benchmarks.painting import paint, psnr, step_statistics
@@ -30,6 +31,8 @@ from benchmarks.statistics import (
 from benchmarks.variants import OTHERS, SWEEP, exact_of, resolved, variant_name
 from loratorio_ext.core import Plan, Predictions
 from loratorio_ext.hosts.diffusers import Step, load_lora
+from loratorio_ext.hosts.diffusers_loras import layers_of
+from loratorio_ext.isolation import Isolation
 from tests.tiny_pipelines import make_pipeline, write_lora
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -164,6 +167,45 @@ def test_baselines_paint(tiny):
     made = [image(options) for options in ({"method": "merge"}, {"method": "composite"}, *OTHERS)]
     assert len(set(made)) == len(made)
     assert image({"method": "composite"}) == made[1], "a baseline leaves nothing behind"
+
+
+def test_a_soup_learns_what_its_scenes_show(tiny):
+    combination = world.combinations("2")[0]
+    loras = [tiny.lora(concept, "quiet") for concept in combination.loras]
+    assert {value for each in soup.learned(tiny.pipe, loras, None, 0) for value in each.values()} == {1.0}
+
+    def scenes(count, rng):
+        pictures, captions = soup.similar_scenes(combination.scene, count, rng)
+        return torch.nn.functional.interpolate(pictures, (32, 32)), captions
+
+    def error(coefficients):
+        errors = []
+        for seed in range(4):
+            drawn, generator = scenes(8, np.random.default_rng(100 + seed)), torch.Generator().manual_seed(seed)
+            with torch.no_grad():
+                found = soup.error(tiny.pipe, soup.merged(tiny.pipe, loras, coefficients), *drawn, generator)
+            errors.append(float(found))
+        return np.mean(errors)
+
+    found = soup.learned(tiny.pipe, loras, scenes, 12)
+    ones = [dict.fromkeys(lora.branches, 1.0) for lora in loras]
+    assert error(found) < error(ones)
+
+
+def test_a_soup_at_ones_is_merge(tiny):
+    combination = world.combinations("2")[0]
+    both = ({"baseline": "soup", "steps": 0}, {"method": "merge"})
+    first, second = (paint(tiny, combination, "quiet", options, (3,)).images[0] for options in both)
+    assert first.tobytes() == second.tobytes()
+    loras = [tiny.lora(concept, "quiet") for concept in combination.loras]
+    weights = soup.merged(tiny.pipe, loras, [dict.fromkeys(lora.branches, 1.0) for lora in loras])
+    own = {f"{name.removeprefix('unet.')}.weight": each for name, each in weights.items() if name.startswith("unet.")}
+    inputs = torch.randn(1, 4, 8, 8), torch.tensor([9]), torch.randn(1, 77, tiny.pipe.unet.config.cross_attention_dim)
+    isolation = Isolation(layers_of(tiny.pipe), [lora.branches for lora in loras])
+    with torch.no_grad():
+        by_weights = torch.func.functional_call(tiny.pipe.unet, own, inputs).sample
+        with isolation.merged():
+            torch.testing.assert_close(by_weights, tiny.pipe.unet(*inputs).sample, rtol=1e-4, atol=1e-5)
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------

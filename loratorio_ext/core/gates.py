@@ -34,9 +34,9 @@ def gates(
     is 0, at any other sharpness.
 
     ``chosen [N, B, h, w]``: who takes part; the others neither act nor compete. ``share [N]`` is a factor on everyone's
-    ``r``. ``prior``, which broadcasts to ``[N, B, h, w]``: how far each LoRA may act in a patch; it multiplies the gate,
-    and its LoRA competes as far as it may act. ``global_below``: LoRAs that are `is_global` by it have the gate 1 and
-    compete with nobody.
+    ``r``. ``prior``, which broadcasts to ``[N, B, h, w]``: how far each LoRA may act in a patch; it multiplies the
+    gate, and its LoRA competes as far as it may act. ``global_below``: LoRAs that are `is_global` by it have the gate 1
+    and compete with nobody.
     """
     claim = relative if share is None else relative * share.to(relative).view(-1, 1, 1, 1)
     if chosen is not None:
