@@ -507,8 +507,8 @@ OPTIONS = (
         "global_below",
         0.0,
         "Global below",
-        "LoRAs whose divergence varies less than this over the image (standard deviation over mean), such as styles "
-        "and backgrounds, are added in full and compete with nobody. 0: all compete. Gates only.",
+        "LoRAs whose divergence varies less than this over the image (standard deviation over mean), as a style's "
+        "does, are added in full everywhere and compete with nobody. 0: all compete. Gates only.",
         group="Weights",
         low=0.0,
         high=8.0,
