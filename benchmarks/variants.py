@@ -60,6 +60,8 @@ GATES = (
     *({**GATED, "patch_size": p, "patches": "sliding"} for p in (2, 4)),
     *({**GATED, "momentum": momentum} for momentum in (0.5, 0.8)),
     *({**GATED, "global_below": below} for below in (0.75, 1.2)),
+    *({**GATED, "relativity": gamma} for gamma in (0.0, 0.5)),
+    *({**GATED, "base_share": share} for share in (0.0, 1.0)),
     {**GATED, "patches": "sliding", "momentum": 0.5},
 )
 EVERY_GATE = tuple(
