@@ -411,6 +411,15 @@ class TestUnnamed:
         with pytest.warns(UserWarning, match="takes no part in image 2: .*none of its trigger words .cat."):
             generate(pipe, [first, of_cats], unnamed="drop", **options)
 
+    def test_merging_leaves_nobody_out_and_does_not_say_so(self, pipes, files):
+        pipe = pipes["sd1"]
+        first, second = loras_of(pipe, files["sd1"][:2], WEIGHTS[:2])
+        unnamed = replace(second, parts={"words": "zorg"})
+        with composed(pipe, [first, unnamed], method="merge", unnamed="drop") as composition:
+            merged = pipe(**arguments(pipe)).images
+        assert composition.unnamed == ()
+        assert torch.equal(merged, generate(pipe, [first, second], method="merge"))
+
     def test_the_next_call_asks_its_own_prompts(self, pipes, files):
         pipe = pipes["sd1"]
         first, second = loras_of(pipe, files["sd1"][:2], WEIGHTS[:2])
