@@ -544,7 +544,7 @@ class A1111Sampling:
             eps=(cond - kept) / gain,
             image_of_row=host_pass.image_of_row,
             gain=gain[0],
-            **claimed(self.plan, self.claims, x),
+            **claimed(self.plan, self.claims, x, host_pass.image_of_row),
         )
 
 

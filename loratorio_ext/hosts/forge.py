@@ -414,6 +414,7 @@ class ForgeSampling:
         if plan.host == Plan.MERGED:
             return ComposedStep(cond, uncond)
         by_lora = torch.stack(alone) if alone else host.new_empty(0, each, *host.shape[1:])
+        image_of_row = tuple(range(len(step.x))) * parts
         predictions = Predictions(
             host_cond=cond,
             host_uncond=uncond,
@@ -421,9 +422,9 @@ class ForgeSampling:
             uncond=by_lora[:, parts] if plan.uncond and step.uncond else None,
             eps_base=step.predicted_noise(host[:parts]).flatten(0, 1),
             eps=step.predicted_noise(by_lora[:, :parts]).flatten(1, 2),
-            image_of_row=tuple(range(len(step.x))) * parts,
+            image_of_row=image_of_row,
             gain=-step.sigma[0],
-            **claimed(plan, self.claims, step.images),
+            **claimed(plan, self.claims, step.images, image_of_row),
         )
         composed = self.method.combine(predictions)
         names = [self.loras[member].name for member in plan.members]

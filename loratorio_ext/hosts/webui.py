@@ -12,13 +12,23 @@ from typing import Any
 from modules import extra_networks, processing, shared
 from torch import Tensor
 
-from loratorio_ext.claims import MERGE_HEEDS_NONE, Claim, Tagged, claims_of, not_heeded, places_and_shares
+from loratorio_ext.claims import (
+    MERGE_HEEDS_NONE,
+    Claim,
+    Tagged,
+    claims_of,
+    heeding,
+    left_out,
+    not_heeded,
+    places_and_shares,
+)
 from loratorio_ext.core import Method, Plan
 from loratorio_ext.errors import SettingsError, UnsupportedError
 from loratorio_ext.generation import Generation
 from loratorio_ext.hosts.limits import most_bytes, most_files
 from loratorio_ext.parts import parts_of_tag
 from loratorio_ext.pool import Listed, Member, check_size, path_below, resolve
+from loratorio_ext.triggers import phrases, trigger_words
 
 logger = logging.getLogger("loratorio")
 
@@ -188,14 +198,23 @@ def forget_conditionings(p: Any) -> None:
 def claims_on(generation: Generation, loras: Sequence[Listed]) -> list[Claim]:
     """Where, when and how much each of the active LoRAs may act, in their order; what cannot be so is noted."""
     items = {params.positional[0]: tuple(params.items) for params in asked_loras(generation.p)}
-    tagged = [Tagged(lora, next((items[name] for name in lora.names if name in items), ())) for lora in loras]
-    claims = claims_of(generation.settings, tagged)
-    for unused in claims.unused:
-        generation.note(f"{unused} is no LoRA of this image")
-    note = not_heeded(generation.settings.method, claims.each)
-    if note is not None:
+    tagged = [
+        Tagged(
+            lora,
+            next((items[name] for name in lora.names if name in items), ()),
+            words=phrases(trigger_words(lora.file, lora.metadata)),
+        )
+        for lora in loras
+    ]
+    claims, unnamed = claims_of(generation.settings, tagged), generation.settings.unnamed
+    _, prompts, _ = prompts_of_pass(generation.p)
+    each = [heeding(claim, prompts, unnamed, not tag.items) for claim, tag in zip(claims.each, tagged)]
+    notes = [f"{unused} is no LoRA of this image" for unused in claims.unused]
+    notes += [not_heeded(generation.settings.method, each)]
+    notes += [left_out(lora.name, claim) for lora, claim in zip(loras, each)]
+    for note in filter(None, notes):
         generation.note(note)
-    return list(claims.each)
+    return each
 
 
 def plan_step(
@@ -212,6 +231,7 @@ def plan_step(
     return method.plan(denoiser.step, len(claims), members, placed)
 
 
-def claimed(plan: Plan, claims: Sequence[Claim], like: Tensor) -> dict[str, Tensor | None]:
-    """Where and how much the plan's members may act in latents of the size and on the device of ``like``."""
-    return places_and_shares([claims[index] for index in plan.members], like)
+def claimed(plan: Plan, claims: Sequence[Claim], like: Tensor, image_of_row: Sequence[int]) -> dict[str, Tensor | None]:
+    """Where and how much the plan's members may act in latents of the size and on the device of ``like``, in rows of
+    these images."""
+    return places_and_shares([claims[index] for index in plan.members], like, image_of_row)
