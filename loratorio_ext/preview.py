@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loratorio_ext.claims import Claim, Tagged, claims_of
-from loratorio_ext.core import Reselection, method_from
+from loratorio_ext.costs import rows_by_step
 from loratorio_ext.infotext import TOKEN
 from loratorio_ext.pool import Listed, resolve
 from loratorio_ext.settings import OPTIONS, PRESETS, UNTOUCHED_BY_PRESETS, Option, Settings
@@ -79,22 +79,7 @@ def cost(settings: Settings, loras: Sequence[Seen]) -> float:
     """How many plain steps a step costs in the mean, of those LoRAs that are found: rows of the UNet, two a plain
     step."""
     claims = [each.claim for each in loras if each.lora and not each.everywhere]
-    if not claims:
-        return 1.0
-    method = method_from(settings)
-    rows = 0.0
-    for step in range(STEPS):
-        progress = step / STEPS
-        if not settings.composes_at(progress):
-            rows += 2
-            continue
-        members = [index for index, claim in enumerate(claims) if claim.acts_at(progress)]
-        plan = method.plan(step, len(claims), members, any(claims[index].placed for index in members))
-        isolated = len(plan.isolated)
-        if isinstance(method, Reselection) and step % settings.reselect_every and settings.top_k:
-            isolated = min(isolated, settings.top_k)
-        rows += 2 + isolated * (1 + plan.uncond)
-    return rows / (2 * STEPS)
+    return sum(rows_by_step(settings, claims, STEPS)) / (2 * STEPS)
 
 
 def as_factor(number: float) -> str:
