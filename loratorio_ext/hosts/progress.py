@@ -6,17 +6,39 @@ from threading import get_ident
 from modules import shared
 
 
-class Progress:
-    """Of one sampling pass, of whose model calls by the sampler each takes so many ``rows``.
+def tell(share: Callable[[], float]) -> Callable[[], None]:
+    """Let the host's count of steps be this share of all its steps, for who asks from another thread than this one.
 
-    Requests that ask the host while it samples, the browser's and the API's, hear this; scripts, which run in the
-    sampling thread, and the host itself see the host's own count of steps.
+    Requests that ask the host while it samples, the browser's and the API's, come in other threads. Scripts, and the
+    host itself, run in the one that samples, and go by the host's own count. Returns what undoes it.
     """
+    state, kind, sampling_thread = shared.state, type(shared.state), get_ident()
+
+    class Told(kind):
+        @property
+        def sampling_step(self) -> int:
+            own = vars(self).get("sampling_step", 0)
+            return own if get_ident() == sampling_thread else int(share() * self.sampling_steps)
+
+        @sampling_step.setter
+        def sampling_step(self, step: int) -> None:
+            vars(self)["sampling_step"] = step
+
+    def undo() -> None:
+        if type(state) is Told:
+            state.__class__ = kind
+
+    state.__class__ = Told
+    return undo
+
+
+class Progress:
+    """Of one sampling pass, of whose model calls by the sampler each takes so many ``rows``."""
 
     def __init__(self, rows: Sequence[int]):
         self.rows = rows
         self.step = self.done = 0
-        self._undo = self._tell()
+        self.close = tell(lambda: self.share)
 
     def begin(self, step: int) -> None:
         """The sampler's model call ``step``, counted from 0, begins."""
@@ -31,27 +53,3 @@ class Progress:
         """How much of all rows is done, from 0 to 1."""
         here = self.rows[self.step : self.step + 1]  # nothing where a sampler makes more steps than it says
         return (sum(self.rows[: self.step]) + min(self.done, sum(here))) / sum(self.rows)
-
-    def close(self) -> None:
-        """Leave the host as it was; harmless when called again."""
-        self._undo()
-
-    def _tell(self) -> Callable[[], None]:
-        state, kind, sampling_thread = shared.state, type(shared.state), get_ident()
-
-        class Told(kind):
-            @property
-            def sampling_step(told) -> int:
-                own = vars(told).get("sampling_step", 0)
-                return own if get_ident() == sampling_thread else int(self.share * told.sampling_steps)
-
-            @sampling_step.setter
-            def sampling_step(told, step: int) -> None:
-                vars(told)["sampling_step"] = step
-
-        def undo() -> None:
-            if type(state) is Told:
-                state.__class__ = kind
-
-        state.__class__ = Told
-        return undo
