@@ -485,9 +485,9 @@ def test_a_look_at_what_will_be_composed(webui):
     assert "did you mean lora?" in look("", pool=["loraa"])[2]
     assert ui.look("", None, "fast", True, "no method")[0]["value"] == "custom"
     shared, style = webui.module("modules.shared"), webui.module("modules.styles").PromptStyle
-    shared.prompt_styles.styles["mine"] = style("mine", "<lora:rank_1:0.5> {prompt} <lora:lora:0.3>")
+    shared.prompt_styles.styles["mine"] = style("mine", "<lora:rank_1:0.5> {prompt} <lora:locon:0.3>")
     below = look(TWO, styles=["mine"])[2]
-    assert "<b>rank_1</b> 0.5, from a style" in below and "<b>lora</b> 0.3</li>" in below and "3 LoRAs: " in below
+    assert "<b>rank_1</b> 0.5, from a style" in below and "<b>locon</b> 0.3</li>" in below and "3 LoRAs: " in below
     assert "from a style" not in look(TWO, styles=[])[2]
     many = look("", pool=["*"])[2]
     assert many.count("from the pool") == min(len(CATALOGUE), ui.MOST_SHOWN)
