@@ -162,7 +162,7 @@ class Generation:
             self.close()
             self._second_pass = second_pass
             if (self.tells_weights or self.log_steps) and not second_pass:
-                self.records.append(Record())
+                self.records.append(Record(len(self.p.prompts)))
             self._sampling = self.host.open_sampling(self)
 
     def note(self, text: str) -> None:
@@ -247,6 +247,8 @@ class Generation:
                 self.p.extra_generation_params[PICKED_KEY] = [
                     written_shares(shares) for shares in self.records[-1].shares()
                 ]
+            else:  # not even the batch before's, where this one was skipped before its first step
+                self.p.extra_generation_params.pop(PICKED_KEY, None)
 
     def _replace(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
         """Let ``wrapper(original, *args, **kwargs)`` answer calls of a method of the host's."""

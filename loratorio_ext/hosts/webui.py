@@ -3,13 +3,15 @@
 import logging
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from dataclasses import replace
+from functools import wraps
 from types import ModuleType
 from typing import Any
 
 from modules import extra_networks, processing, shared
+from modules.sd_samplers_common import InterruptedException
 from torch import Tensor
 
 from loratorio_ext.claims import (
@@ -150,6 +152,7 @@ def encode(p: Any) -> tuple[Any, Any]:
     The host's own code computes them, on a copy of ``p`` with caches of its own: the host's caches know a
     conditioning by its prompt alone, and must never hold one that was made with other LoRAs than the prompt's.
     """
+    stop_where_asked()
     own = copy(p)
     own.cached_c, own.cached_uc, own.cached_hr_c, own.cached_hr_uc = ([None, None] for _ in range(4))
     if getattr(p, "is_hr_pass", False):
@@ -163,6 +166,26 @@ def encode(p: Any) -> tuple[Any, Any]:
 def interrupt() -> None:
     """Make the host stop sampling soon."""
     shared.state.interrupt()
+
+
+def stop_where_asked() -> None:
+    """End sampling here, as the host itself does only at the beginning of a step, where the user has pressed
+    **Interrupt** or **Skip**."""
+    if shared.state.interrupted or shared.state.skipped:
+        raise InterruptedException
+
+
+def unless_stopped(open_sampling: Callable[[Generation], Any]) -> Callable[[Generation], Any]:
+    """``open_sampling``, which may be stopped: then there is nothing to compose, and the host makes no model call."""
+
+    @wraps(open_sampling)
+    def opened(generation: Generation) -> Any:
+        try:
+            return open_sampling(generation)
+        except InterruptedException:
+            return None
+
+    return opened
 
 
 def sampled(p: Any) -> bool:

@@ -167,6 +167,19 @@ def test_after_an_error_every_script_cleans_up(contract, kind, step):
     assert "sabotaged" in caught.value.body
 
 
+@pytest.mark.parametrize("button, steps_of_the_next", [("interrupt", 0), ("skip", 8)])
+@pytest.mark.parametrize("kind", ["marks_the_text", "draws_at_random"])
+def test_a_button_acts_within_one_model_call(contract, kind, button, steps_of_the_next):
+    """Not after the other LoRAs' calls of the step, nor after those that look who takes part."""
+    scripts = {"Company": {"args": [kind]}, "LoRAtorio": {"args": [{"enabled": True}]}}
+    scripts["LoRAtorio sabotage"] = {"args": [{"error": button, "image": 0, "step": 1, "call": 1}]}
+    generation = contract.generate({"prompt": TWO, "n_iter": 2}, scripts)
+    calls = generation.info["extra_generation_params"]["LoRAtorio sabotage"]["calls"]
+    assert [call["step"] for call in calls if call["image"] == 0].count(1) == 1
+    assert max(call["step"] for call in calls if call["image"] == 0) == 1
+    assert len({call["step"] for call in calls if call["image"] == 1}) == steps_of_the_next
+
+
 def test_a_request_can_be_sent_away_before_it_is_processed(contract):
     before = len(contract.webui.log())
     composed = beside(contract, "sends_the_request_away", {}, prompt=TWO)
