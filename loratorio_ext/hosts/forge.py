@@ -331,7 +331,7 @@ class ForgeSampling:
         merged = {}
         if self.settings.start > 0 or self.settings.end < 1:
             of_the_prompt = joined([lora.patches for lora in self.loras if not lora.lora.pooled])
-            merged, _ = branches(model, of_the_prompt, self.backend.dense, self.backend.merge)
+            merged, _ = branches(model, of_the_prompt, self.backend.weight, self.backend.merge)
         # So that Plan.MERGED and Plan.BASE are indices like any other:
         by_index = [*((each or NOTHING).branches for each in made), merged, {}]
         names = {name for each in by_index for name in each}
