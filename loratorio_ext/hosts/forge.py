@@ -43,7 +43,9 @@ from loratorio_ext.hosts.forge_patches import branches, joined
 from loratorio_ext.hosts.neighbours import TELLING, callers_of, named
 from loratorio_ext.hosts.pool_files import POOL_FILES
 from loratorio_ext.hosts.webui import (
+    attended,
     check_tags,
+    check_texts,
     claimed,
     claims_on,
     clean_up,
@@ -63,7 +65,7 @@ from loratorio_ext.hosts.webui import (
 from loratorio_ext.hosts.webui_texts import Affix, is_finite_text, same_text, token_count
 from loratorio_ext.isolation import ROWS_OF_A_POOL, BatchedCalls, Isolation, Row, Tally
 
-__all__ = ["check", "clean_up", "forget_conditionings", "interrupt", "open_sampling", "sampled"]
+__all__ = ["attended", "check", "clean_up", "forget_conditionings", "interrupt", "open_sampling", "sampled"]
 
 logger = logging.getLogger("loratorio")
 
@@ -357,6 +359,8 @@ class ForgeSampling:
         self.asked = denoiser.step
         acting = [index for index, acting in enumerate(acts) if acting]
         plan = plan_step(self.generation, self.method, denoiser, self.claims, acting)
+        if plan.host != Plan.MERGED:
+            check_texts(self.generation, self.speaks)
         self.meet_company(step, denoiser.step)
         self.at_work = True
         try:

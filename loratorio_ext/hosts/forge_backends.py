@@ -41,8 +41,8 @@ class Backend(Protocol):
         it what ``base`` holds beside ``original``, those that are in every pass."""
 
     def weight(self, layer: nn.Module, leaf: str) -> Tensor:
-        """A layer's weight or bias as the layer uses it: as numbers, with the LoRAs that the host adds in passing. It may
-        be the layer's own."""
+        """A layer's weight or bias as the layer uses it: as numbers, with the LoRAs that the host adds in passing. It
+        may be the layer's own."""
 
     def merge(self, patches: list, weight: Tensor, name: str) -> Tensor:
         """The weight with patches merged in by the host, the given tensor left as it is."""
