@@ -1,4 +1,4 @@
-"""Side branches in Forge Neo's own layers, without a server: GGUF, 8-bit floats, scaled 8-bit floats, and layers whose
+"""Side branches in Forge Neo's own layers, without a server: GGUF, 8-bit floats, formats with scales, and layers whose
 LoRAs the host adds in passing.
 
 Run by the host's own Python in the host's folder; prints a JSON object of the largest difference between a row under
@@ -93,12 +93,27 @@ def float8():
     return difference(layer)
 
 
-def scaled_float8():
-    ops = operations.mixed_precision_ops({}, torch.float32, full_precision_mm=True)
-    layer = ops.Linear(FEATURES, OUT, bias=False, device="cpu", dtype=torch.float32)
-    weight = QuantizedTensor.from_float(0.2 * normal(OUT, FEATURES), "TensorCoreFP8E4M3Layout", scale="recalculate")
+FORMATS = {
+    "scaled_float8": ("TensorCoreFP8E4M3Layout", "float8_e4m3fn", {"scale": "recalculate"}),
+    "mxfp8": ("TensorCoreMXFP8Layout", "mxfp8", {}),
+    "nvfp4": ("TensorCoreNVFP4Layout", "nvfp4", {}),
+    "int8": ("TensorWiseINT8Layout", "int8_tensorwise", {}),
+    "rotated_int8": (
+        "TensorWiseINT8Layout",
+        "int8_tensorwise",
+        {"per_channel": True, "convrot": True, "convrot_groupsize": 64},
+    ),
+}
+"""Formats with scales: how the host lays them out, what files call them, and how numbers become such."""
+
+
+def scaled(layout, name, how):
+    layer = operations.mixed_precision_ops({}, torch.float32, full_precision_mm=True).Linear(
+        FEATURES, OUT, bias=False, device="cpu", dtype=torch.float32
+    )
+    weight = QuantizedTensor.from_float(0.2 * normal(OUT, FEATURES), layout, **how)
     layer.weight = torch.nn.Parameter(weight, requires_grad=False)
-    layer.layout_type, layer.quant_format = "TensorCoreFP8E4M3Layout", "float8_e4m3fn"
+    layer.layout_type, layer.quant_format = layout, name
     return difference(layer)
 
 
@@ -118,7 +133,5 @@ def gguf():
 if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    found = {}
-    for case in (plain, patched_in_passing, float8, scaled_float8, gguf):
-        found[case.__name__] = case()
-    print(json.dumps(found))
+    found = {case.__name__: case() for case in (plain, patched_in_passing, float8, gguf)}
+    print(json.dumps(found | {name: scaled(*how) for name, how in FORMATS.items()}))
