@@ -11,7 +11,7 @@ reaches the user and the API.
 
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, Protocol
 
@@ -48,6 +48,9 @@ class Host(Protocol):
     def open_sampling(self, generation: "Generation") -> Sampling | None:
         """Start the composition of one sampling pass (txt2img's, hires fix's, img2img's); None: nothing to compose."""
 
+    def attended(self, generation: "Generation") -> AbstractContextManager:
+        """A context around all of a batch's sampling, for what an adapter must see and no pass of its own tells it."""
+
     def interrupt(self) -> None:
         """Make the host stop sampling soon."""
 
@@ -79,6 +82,8 @@ class Generation:
         """The finished images by batch and place in it, where somebody wants to know who painted them."""
         self.loras: dict[str, None] = {}
         """Every LoRA that took part so far, in order."""
+        self.encoders: dict[str, None] = {}
+        """The neighbours that have had texts of their own encoded while a batch was sampled."""
         self.tallies: list[Any] = []
         self.seconds = 0.0
         """What model calls cost, and how long all sampling took."""
@@ -287,7 +292,8 @@ class Generation:
         start = time.perf_counter()
         try:
             try:
-                samples = sample(*args, **kwargs)
+                with self.host.attended(self):
+                    samples = sample(*args, **kwargs)
                 self.confirm()
             finally:
                 self.close()

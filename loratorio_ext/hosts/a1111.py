@@ -54,7 +54,9 @@ from loratorio_ext.hosts.neighbours import (
 )
 from loratorio_ext.hosts.progress import Progress
 from loratorio_ext.hosts.webui import (
+    attended,
     check_tags,
+    check_texts,
     claimed,
     claims_on,
     clean_up,
@@ -86,7 +88,7 @@ from loratorio_ext.hosts.webui_texts import (
 )
 from loratorio_ext.isolation import ROWS_OF_A_POOL, CudaMemory, IsolatedCalls, Isolation, Row, Tally
 
-__all__ = ["check", "clean_up", "forget_conditionings", "interrupt", "open_sampling", "sampled"]
+__all__ = ["attended", "check", "clean_up", "forget_conditionings", "interrupt", "open_sampling", "sampled"]
 
 logger = logging.getLogger("loratorio")
 
@@ -332,6 +334,7 @@ class A1111Sampling:
             self.tell_progress(acting)
             if self.plan.host == Plan.MERGED:
                 return
+            check_texts(self.generation, self.speaks)
             self.meet_company()
             self.host_pass = self.handed_over(params)
             if self.company:

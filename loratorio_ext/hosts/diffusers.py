@@ -53,7 +53,6 @@ from loratorio_ext.hosts.denoisers import (
     parameterisation,
     predicted_noise,
     stacked,
-    tensors_in,
 )
 from loratorio_ext.hosts.diffusers_files import (
     check_checkpoint,
@@ -69,6 +68,7 @@ from loratorio_ext.hosts.diffusers_loras import (
     load_lora,
     text_encoders_of,
 )
+from loratorio_ext.hosts.tensors import tensors_in
 from loratorio_ext.isolation import (
     ROWS_OF_A_POOL,
     CudaMemory,
@@ -495,9 +495,10 @@ class ControlUnderLoRAs(ModelHook):
         """In place of the ControlNet's: its own output, and beside it those under the LoRAs are kept for this step."""
         base, texts = self.fn_ref.original_forward(*args, **kwargs), self.composition.texts
         call = Call.of(controlnet, args, kwargs)
-        under = {whom: tensors_in(self.fn_ref.original_forward(**texts.arguments(call, whom))) for whom in texts.under}
+        others = {whom: self.fn_ref.original_forward(**texts.arguments(call, whom)) for whom in texts.under}
+        under = {whom: list(tensors_in(output)) for whom, output in others.items()}
         self.composition.control = Encoded()
-        self.composition.control.add(tensors_in(base), under)
+        self.composition.control.add(list(tensors_in(base)), under)
         return base
 
 

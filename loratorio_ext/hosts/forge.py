@@ -45,7 +45,9 @@ from loratorio_ext.hosts.neighbours import TELLING, callers_of, named
 from loratorio_ext.hosts.pool_files import POOL_FILES
 from loratorio_ext.hosts.progress import Progress
 from loratorio_ext.hosts.webui import (
+    attended,
     check_tags,
+    check_texts,
     claimed,
     claims_on,
     clean_up,
@@ -67,7 +69,7 @@ from loratorio_ext.hosts.webui import (
 from loratorio_ext.hosts.webui_texts import Affix, is_finite_text, same_text, token_count
 from loratorio_ext.isolation import ROWS_OF_A_POOL, BatchedCalls, Isolation, Row, Tally
 
-__all__ = ["check", "clean_up", "forget_conditionings", "interrupt", "open_sampling", "sampled"]
+__all__ = ["attended", "check", "clean_up", "forget_conditionings", "interrupt", "open_sampling", "sampled"]
 
 logger = logging.getLogger("loratorio")
 
@@ -339,7 +341,7 @@ class ForgeSampling:
         merged = {}
         if self.settings.start > 0 or self.settings.end < 1:
             of_the_prompt = joined([lora.patches for lora in self.loras if not lora.lora.pooled])
-            merged, _ = branches(model, of_the_prompt, self.backend.dense, self.backend.merge)
+            merged, _ = branches(model, of_the_prompt, self.backend.weight, self.backend.merge)
         # So that Plan.MERGED and Plan.BASE are indices like any other:
         by_index = [*((each or NOTHING).branches for each in made), merged, {}]
         names = {name for each in by_index for name in each}
@@ -366,6 +368,8 @@ class ForgeSampling:
         acting = [index for index, acting in enumerate(acts) if acting]
         plan = plan_step(self.generation, self.method, denoiser, self.claims, acting)
         self.tell_progress(step, denoiser, acting)
+        if plan.host != Plan.MERGED:
+            check_texts(self.generation, self.speaks)
         self.meet_company(step, denoiser.step)
         self.at_work = True
         try:

@@ -3,7 +3,8 @@
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from functools import wraps
@@ -28,6 +29,7 @@ from loratorio_ext.core import Method, Plan
 from loratorio_ext.errors import SettingsError, UnsupportedError
 from loratorio_ext.generation import Generation
 from loratorio_ext.hosts.limits import most_bytes, most_files
+from loratorio_ext.hosts.neighbours import asker, named
 from loratorio_ext.parts import parts_of_tag
 from loratorio_ext.pool import Listed, Member, check_size, path_below, resolve
 from loratorio_ext.triggers import phrases, trigger_words
@@ -161,6 +163,37 @@ def encode(p: Any) -> tuple[Any, Any]:
         return own.hr_c, own.hr_uc
     processing.StableDiffusionProcessing.setup_conds(own)
     return own.c, own.uc
+
+
+@contextmanager
+def attended(generation: Generation) -> Iterator[None]:
+    """While entered, keep who has texts of its own encoded: the text encoders hold all of the prompt's LoRAs then."""
+    model = shared.sd_model
+    encode, own = model.get_learned_conditioning, vars(model).get("get_learned_conditioning")
+
+    def look(*args, **kwargs):
+        who = asker(processing.__file__)
+        if who is not None:
+            generation.encoders[who] = None
+        return encode(*args, **kwargs)
+
+    model.get_learned_conditioning = look
+    try:
+        yield
+    finally:
+        del model.get_learned_conditioning
+        if own is not None:
+            model.get_learned_conditioning = own
+
+
+def check_texts(generation: Generation, speaks: Iterable[bool]) -> None:
+    """Raises `UnsupportedError` where others have brought texts of their own and one of the LoRAs changes the text
+    encoders (``speaks``)."""
+    if generation.encoders and any(speaks):
+        raise UnsupportedError(
+            f"LoRAtorio: {named(generation.encoders)} gives the model texts of its own, which it has had encoded with "
+            "all LoRAs at once; set the LoRAs' text encoder weight to 0 (te=0), or switch it off, or LoRAtorio"
+        )
 
 
 def interrupt() -> None:

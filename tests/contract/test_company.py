@@ -67,7 +67,7 @@ TAKES_PART += ["draws_at_random"]
 ELSEWHERE = ["changes_the_prediction", "changes_strengths_in_its_callback", "has_strengths_that_follow_the_steps"]
 ELSEWHERE += ["renames_networks", "runs_scripts_on_a_copy"]
 REFUSED = ["has_loras_of_its_own", "has_texts_of_its_own", "changes_the_text", "decides_where_loras_act", "alternates"]
-REFUSED += ["takes_parts_from_the_step_before", "gathers_what_it_sees"]
+REFUSED += ["takes_parts_from_the_step_before", "gathers_what_it_sees", "brings_texts_of_its_own"]
 
 HIRES = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7}
 REQUESTS = {
@@ -123,6 +123,14 @@ def test_what_cannot_be_right_is_refused_by_name(contract, kind):
         beside(contract, kind, EXACT)
     assert caught.value.status == 422
     assert "a-neighbour" in caught.value.body
+
+
+def test_texts_of_others_are_right_where_no_lora_changes_the_text_encoder(contract):
+    prompt = "a cat on a hill <lora:lora:0:1>"
+    expected = beside(contract, "brings_texts_of_its_own", prompt=prompt)
+    composed = beside(contract, "brings_texts_of_its_own", EXACT, prompt=prompt)
+    assert largest(expected.images, composed.images) <= TOLERANCE
+    assert mean(composed.images, contract.plain(prompt=prompt).images) > 0.3
 
 
 @pytest.mark.parametrize(
