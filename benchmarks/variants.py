@@ -47,6 +47,7 @@ POOL = (
     {"top_k": 3},
     {"top_k": 3, "reselect_every": 4},
     {"top_k": 2, "selection_scope": "patch"},
+    {"unnamed": "drop"},
 )
 """Ways to deal with more LoRAs than the prompt names."""
 
@@ -137,4 +138,6 @@ def variant_name(options: Options) -> str:
             words.append(f"chosen every {settings.reselect_every} steps")
     if settings.refresh:
         words.append(f"refresh {settings.refresh} after {settings.warmup}")
+    if settings.unnamed != "keep":
+        words.append(f"unnamed {settings.unnamed}")
     return ", ".join(words)

@@ -9,8 +9,13 @@ function loratorioTags(tab) {
     return prompt ? prompt.value.match(/<(lora|lyco):[^>]+>/g) || [] : [];
 }
 
-function loratorioHasPool(tab) {
-    return gradioApp().querySelector(`#loratorio_${tab}_pool .token`) !== null;
+function loratorioTokens(selector) {
+    return [...gradioApp().querySelectorAll(`${selector} .token`)].map((token) => token.textContent.trim());
+}
+
+// LoRAs may come from elsewhere than the prompt.
+function loratorioHasOthers(tab) {
+    return loratorioTokens(`:is(#loratorio_${tab}_pool, #${tab}_styles)`).length > 0;
 }
 
 function loratorioUpdateBadge(tab) {
@@ -27,7 +32,7 @@ function loratorioUpdateBadge(tab) {
     }
     const count = new Set(loratorioTags(tab).map((tag) => tag.split(":")[1].replace(">", ""))).size;
     const hints = ["no LoRA in the prompt: nothing to compose", "one LoRA in the prompt: only guidance is re-centred"];
-    const text = (ticked && !loratorioHasPool(tab) && hints[count]) || "";
+    const text = (ticked && !loratorioHasOthers(tab) && hints[count]) || "";
     if (badge.textContent !== text) badge.textContent = text;
 }
 
@@ -37,7 +42,7 @@ function loratorioState(tab) {
     if (!panel) return "";
     const inputs = [...panel.querySelectorAll("input, textarea, select")].filter((input) => !input.closest("[id$=_add]"));
     const values = inputs.map((input) => (/checkbox|radio/.test(input.type) ? input.checked : input.value));
-    const tokens = [...panel.querySelectorAll(".token")].map((token) => token.textContent.trim());
+    const tokens = [`#loratorio_${tab}`, `#${tab}_styles`].map(loratorioTokens);
     return JSON.stringify([loratorioTags(tab), values, tokens]);
 }
 

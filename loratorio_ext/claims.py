@@ -1,7 +1,8 @@
 """Where, when and how much each LoRA of an image may act, and which of them are in every pass.
 
 A claim comes from the LoRA's tag in the prompt, else from the option ``loras``; that it is in every pass may be said by
-the option ``everywhere``, too. Importing this module needs no host.
+the option ``everywhere``, too. In which of a batch's images a LoRA takes part, their prompts may say. Importing this
+module needs no host.
 """
 
 import io
@@ -17,6 +18,7 @@ from torch import Tensor
 from loratorio_ext.errors import SettingsError
 from loratorio_ext.parts import Box, box_of, parts_of_tag, span_of, tag_text
 from loratorio_ext.pool import Listed, matching
+from loratorio_ext.triggers import is_named, phrases
 
 SOFTNESS = 0.1
 """Of the image's side: so wide is an edge of a place, centred on where the place ends. At the image's border there is
@@ -53,25 +55,34 @@ class Claim:
 
     ``at``: edges of the place where it may act, left, top, right, bottom in fractions of the image. ``share``: a factor
     on its claim. ``steps``: the fractions of the steps between which it takes part. ``mask``: where it may act, in the
-    form of `masks`; with a place, where both say so. ``base``: it is in every pass, and claims nothing.
+    form of `masks`; with a place, where both say so. ``words``: its trigger words, by phrases; none where they are not
+    known. ``base``: it is in every pass, and claims nothing. ``images``: of each of a batch's images, whether it takes
+    part; None: in all.
     """
 
     at: Box | None = None
     share: float = 1.0
     steps: tuple[float, float] = (0.0, 1.0)
     mask: str | None = None
+    words: tuple[str, ...] = ()
     base: bool = False
+    images: tuple[bool, ...] | None = None
 
     @classmethod
     def of(cls, parts: Mapping[str, Any]) -> "Claim":
         """The claim that checked parts (see `parts`) say."""
-        readings = {"at": box_of, "steps": span_of}
+        readings = {"at": box_of, "steps": span_of, "words": phrases}
         return cls(**{name: readings.get(name, lambda value: value)(value) for name, value in parts.items()})
 
     @property
+    def in_some(self) -> bool:
+        """Whether it takes part in some of a batch's images, and not in others."""
+        return self.images is not None and len(set(self.images)) > 1
+
+    @property
     def placed(self) -> bool:
-        """Whether it is less than the whole image."""
-        return self.at is not None or self.mask is not None
+        """Whether it is less than the whole of every image."""
+        return self.at is not None or self.mask is not None or self.in_some
 
     def place(self, height: int, width: int) -> Tensor | None:
         """Where the LoRA may act in an image of so many latent pixels, ``[H, W]`` in [0, 1]; None: everywhere."""
@@ -81,17 +92,29 @@ class Claim:
 
     def acts_at(self, progress: float) -> bool:
         """Whether the LoRA takes part when the share ``progress`` of the steps is done: from the first fraction up to
-        the last."""
+        the last, if in any image."""
         first, last = self.steps
-        return first <= progress and (progress < last or last == 1)
+        anywhere = self.images is None or any(self.images)
+        return anywhere and first <= progress and (progress < last or last == 1)
 
 
-def place_of(claims: Iterable[Claim], height: int, width: int) -> Tensor | None:
-    """Where each of several LoRAs may act, ``[N, H, W]``; None: all of them everywhere."""
+def place_of(
+    claims: Iterable[Claim], height: int, width: int, image_of_row: Sequence[int] | None = None
+) -> Tensor | None:
+    """Where each of several LoRAs may act, ``[N, H, W]``; None: all of them everywhere.
+
+    Where some take part in some images only, ``[N, R, H, W]``: of R rows, whose images ``image_of_row`` are.
+    """
+    claims = list(claims)
     places = [claim.place(height, width) for claim in claims]
-    if all(place is None for place in places):
+    in_some = any(claim.in_some for claim in claims)
+    if all(place is None for place in places) and not in_some:
         return None
-    return torch.stack([torch.ones(height, width) if place is None else place for place in places])
+    whole = torch.stack([torch.ones(height, width) if place is None else place for place in places])
+    if not in_some:
+        return whole
+    rows = [[claim.images is None or claim.images[image] for image in image_of_row] for claim in claims]
+    return whole.unsqueeze(1) * torch.tensor(rows).float()[..., None, None]
 
 
 def share_of(claims: Iterable[Claim]) -> Tensor | None:
@@ -100,9 +123,9 @@ def share_of(claims: Iterable[Claim]) -> Tensor | None:
     return None if all(share == 1 for share in shares) else torch.tensor(shares)
 
 
-def places_and_shares(claims: Sequence[Claim], like: Tensor) -> dict[str, Tensor | None]:
+def places_and_shares(claims: Sequence[Claim], like: Tensor, image_of_row: Sequence[int]) -> dict[str, Tensor | None]:
     """``place`` and ``share`` of `Predictions`, in latents of the size and on the device of ``like [..., H, W]``."""
-    found = {"place": place_of(claims, *like.shape[-2:]), "share": share_of(claims)}
+    found = {"place": place_of(claims, *like.shape[-2:], image_of_row), "share": share_of(claims)}
     return {name: None if each is None else each.to(like.device) for name, each in found.items()}
 
 
@@ -112,7 +135,7 @@ MERGE_HEEDS_NONE = "method merge knows no place, share or steps of a LoRA: all a
 def not_heeded(method: str, claims: Iterable[Claim]) -> str | None:
     """What the method cannot make of these claims, in words for the user."""
     claims = list(claims)
-    if method == "merge" and any(replace(claim, base=False) != Claim() for claim in claims):
+    if method == "merge" and any(replace(claim, base=False, words=()) != Claim() for claim in claims):
         return MERGE_HEEDS_NONE
     if method == "switch" and any(claim.placed or claim.share != 1 for claim in claims):
         return "method switch knows no place and no share of a LoRA: whose turn it is has the whole image"
@@ -125,11 +148,13 @@ def not_heeded(method: str, claims: Iterable[Claim]) -> str | None:
 @dataclass(frozen=True)
 class Tagged:
     """A LoRA that is active in an image. ``items``: what its tag holds after ``lora:``, split at the colons; none for
-    the LoRAs of a pool. ``parts``: checked parts that were given along with it otherwise."""
+    the LoRAs of a pool. ``parts``: checked parts that were given along with it otherwise. ``words``: its trigger words,
+    by phrases, as far as its file tells them, for where no part does."""
 
     lora: Listed
     items: tuple[str, ...] = ()
     parts: Mapping[str, Any] = field(default_factory=dict)
+    words: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
@@ -201,4 +226,32 @@ def claims_of(settings: Any, tagged: Sequence[Tagged]) -> Claims:
     place, a share or steps of its own.
     """
     said, unused = parts_said(settings, tagged)
-    return Claims(tuple(map(Claim.of, said)), tuple(unused))
+    claims = [
+        replace(Claim.of(parts), words=phrases(parts["words"]) if "words" in parts else each.words)
+        for parts, each in zip(said, tagged)
+    ]
+    return Claims(tuple(claims), tuple(unused))
+
+
+# --- what prompts ask for ---------------------------------------------------------------------------------------------
+
+
+def heeding(claim: Claim, prompts: Sequence[str], unnamed: str, pooled: bool) -> Claim:
+    """The claim as far as the ``prompts``, one an image, name the LoRA; where they all do, as it is.
+
+    ``unnamed``: the option; ``pooled``: whether the LoRA is one of a pool's. A LoRA in every pass is not asked, nor is
+    one whose words are not known.
+    """
+    heeds = not claim.base and (unnamed == "drop" or (unnamed == "drop_pooled" and pooled))
+    images = tuple(is_named(prompt, claim.words) for prompt in prompts)
+    return replace(claim, images=None if all(images) or not heeds else images)
+
+
+def left_out(name: str, claim: Claim) -> str | None:
+    """What is to be said of a LoRA that some images of a batch, or all, do not name; None: nothing."""
+    if claim.images is None:
+        return None
+    words, where = ", ".join(claim.words), ""
+    if any(claim.images):
+        where = f" in image {', '.join(str(number) for number, acts in enumerate(claim.images, 1) if not acts)}"
+    return f"{name} takes no part{where}: the prompt has none of its trigger words ({words})"

@@ -237,6 +237,8 @@ def compose(
             callback_on_step_end=stop_at_nan,
             output_type="np",
         )
+    for note in composition.unnamed:
+        notes.add(note)
     import numpy as np
 
     check_image(bool(np.isfinite(result.images).all()), "decoded")

@@ -11,7 +11,7 @@ reaches the user and the API.
 
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, Protocol
 
@@ -48,6 +48,9 @@ class Host(Protocol):
     def open_sampling(self, generation: "Generation") -> Sampling | None:
         """Start the composition of one sampling pass (txt2img's, hires fix's, img2img's); None: nothing to compose."""
 
+    def attended(self, generation: "Generation") -> AbstractContextManager:
+        """A context around all of a batch's sampling, for what an adapter must see and no pass of its own tells it."""
+
     def interrupt(self) -> None:
         """Make the host stop sampling soon."""
 
@@ -79,6 +82,8 @@ class Generation:
         """The finished images by batch and place in it, where somebody wants to know who painted them."""
         self.loras: dict[str, None] = {}
         """Every LoRA that took part so far, in order."""
+        self.encoders: dict[str, None] = {}
+        """The neighbours that have had texts of their own encoded while a batch was sampled."""
         self.tallies: list[Any] = []
         self.seconds = 0.0
         """What model calls cost, and how long all sampling took."""
@@ -162,7 +167,7 @@ class Generation:
             self.close()
             self._second_pass = second_pass
             if (self.tells_weights or self.log_steps) and not second_pass:
-                self.records.append(Record())
+                self.records.append(Record(len(self.p.prompts)))
             self._sampling = self.host.open_sampling(self)
 
     def note(self, text: str) -> None:
@@ -247,6 +252,8 @@ class Generation:
                 self.p.extra_generation_params[PICKED_KEY] = [
                     written_shares(shares) for shares in self.records[-1].shares()
                 ]
+            else:  # not even the batch before's, where this one was skipped before its first step
+                self.p.extra_generation_params.pop(PICKED_KEY, None)
 
     def _replace(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
         """Let ``wrapper(original, *args, **kwargs)`` answer calls of a method of the host's."""
@@ -285,7 +292,8 @@ class Generation:
         start = time.perf_counter()
         try:
             try:
-                samples = sample(*args, **kwargs)
+                with self.host.attended(self):
+                    samples = sample(*args, **kwargs)
                 self.confirm()
             finally:
                 self.close()

@@ -1,7 +1,8 @@
-"""The parts of a LoRA's claim as tags and options write them: ``at``, ``share``, ``steps``, ``mask`` and ``base``.
+"""The parts of a LoRA's claim as tags and options write them: at, share, steps, mask, words and base.
 
 A checked part is plain JSON, and in one spelling whatever was given: ``at`` a name of `PLACES` or ``x0-y0-x1-y1``,
-``share`` a number, ``steps`` ``first-last``, ``mask`` see `masks`, ``base`` true or false. No host, no torch.
+``share`` a number, ``steps`` ``first-last``, ``mask`` see `masks`, ``words`` phrases between commas, ``base`` true or
+false. No host, no torch.
 """
 
 import math
@@ -12,6 +13,7 @@ from typing import Any
 
 from loratorio_ext import masks
 from loratorio_ext.errors import SettingsError, nearest_name, shown
+from loratorio_ext.triggers import phrases
 
 Box = tuple[float, float, float, float]
 
@@ -25,6 +27,8 @@ PLACES: dict[str, Box] = {
 """Places by name: left, top, right and bottom edge in fractions of the image's sides, from its left top."""
 
 LOWEST_SHARE, HIGHEST_SHARE = 0.01, 100.0
+MOST_WORDS = 1000
+"""Characters of a LoRA's trigger words."""
 NUMBER = r"(\d+\.?\d*|\.\d+)"
 BOX = re.compile("-".join([NUMBER] * 4), re.ASCII)
 SPAN = re.compile("-".join([NUMBER] * 2), re.ASCII)
@@ -82,6 +86,12 @@ def check_steps(value: Any) -> str:
     return written(span_of(value))
 
 
+def check_words(value: Any) -> str:
+    if not value.isprintable() or len(value) > MOST_WORDS:
+        raise ValueError(value)
+    return ", ".join(phrases(value))
+
+
 def check_base(value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError(value)
@@ -132,6 +142,12 @@ PARTS = {
             check_steps,
         ),
         Part("mask", masks.ALLOWED, masks.kept, None),
+        Part(
+            "words",
+            f"trigger words in one line of at most {MOST_WORDS} characters, with commas between different ones",
+            check_words,
+            check_words,
+        ),
         Part("base", "true or false", check_base, base_in_tag, "0 or 1"),
     )
 }

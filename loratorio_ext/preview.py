@@ -1,11 +1,11 @@
 """What a composition will be made of and what it will cost, before it is made: for the panel. No host is needed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from loratorio_ext.claims import Claim, Tagged, claims_of
-from loratorio_ext.core import Reselection, method_from
+from loratorio_ext.costs import rows_by_step
 from loratorio_ext.infotext import TOKEN
 from loratorio_ext.pool import Listed, resolve
 from loratorio_ext.settings import OPTIONS, PRESETS, UNTOUCHED_BY_PRESETS, Option, Settings
@@ -18,31 +18,18 @@ CUSTOM = "custom"
 @dataclass(frozen=True)
 class Seen:
     """A LoRA that prompt or pool names. ``lora``: the host's, None: not found. ``weights``: as text. ``pooled``: by the
-    pool alone. ``claim``: where, when and how much it may act."""
+    pool alone. ``styled``: by a style of the host's alone. ``claim``: where, when and how much it may act."""
 
     name: str
     weights: str
     lora: Listed | None = None
     pooled: bool = False
+    styled: bool = False
     claim: Claim = Claim()
 
     @property
     def everywhere(self) -> bool:
         return self.claim.base
-
-
-FAMILIES = {
-    "SD 1": ("sd_v1", "sd_1", "stable-diffusion-v1"),
-    "SD 2": ("sd_v2", "sd_2", "stable-diffusion-v2"),
-    "SDXL": ("sdxl", "stable-diffusion-xl"),
-}
-"""How LoRA files begin to say what they were made for."""
-
-
-def family_of(metadata: Mapping[str, Any]) -> str | None:
-    """The family of models that a file was made for, or None where it does not say, or says another."""
-    said = [str(metadata.get(key, "")).lower() for key in ("ss_base_model_version", "modelspec.architecture")]
-    return next((family for family, starts in FAMILIES.items() for text in said if text.startswith(starts)), None)
 
 
 def tags_of(prompt: str) -> list[tuple[str, ...]]:
@@ -59,11 +46,14 @@ def weights_of(items: Sequence[str]) -> str:
     return ", ".join(dict.fromkeys(weights))
 
 
-def seen(prompt: str, settings: Settings, listed: Sequence[Listed]) -> list[Seen]:
-    """Every LoRA of prompt and pool, the prompt's first. Raises `SettingsError` for what will be refused."""
+def seen(prompt: str, settings: Settings, listed: Sequence[Listed], typed: str | None = None) -> list[Seen]:
+    """Every LoRA of prompt and pool, the prompt's first. Raises `SettingsError` for what will be refused.
+
+    ``typed``: the prompt without what the chosen styles add to it; None: they add nothing.
+    """
     by_name = {name: lora for lora in listed for name in (lora.alias, lora.name) if name}
-    tags = tags_of(prompt)
-    found = [Seen(items[0], weights_of(items), by_name.get(items[0])) for items in tags]
+    tags, own = tags_of(prompt), {items[0] for items in tags_of(prompt if typed is None else typed)}
+    found = [Seen(items[0], weights_of(items), by_name.get(items[0]), styled=items[0] not in own) for items in tags]
     taken = {each.lora.file for each in found if each.lora}
     for member in resolve(settings.pool, listed, settings.pool_weight) if settings.pool else []:
         if member.lora.file not in taken:
@@ -79,22 +69,7 @@ def cost(settings: Settings, loras: Sequence[Seen]) -> float:
     """How many plain steps a step costs in the mean, of those LoRAs that are found: rows of the UNet, two a plain
     step."""
     claims = [each.claim for each in loras if each.lora and not each.everywhere]
-    if not claims:
-        return 1.0
-    method = method_from(settings)
-    rows = 0.0
-    for step in range(STEPS):
-        progress = step / STEPS
-        if not settings.composes_at(progress):
-            rows += 2
-            continue
-        members = [index for index, claim in enumerate(claims) if claim.acts_at(progress)]
-        plan = method.plan(step, len(claims), members, any(claims[index].placed for index in members))
-        isolated = len(plan.isolated)
-        if isinstance(method, Reselection) and step % settings.reselect_every and settings.top_k:
-            isolated = min(isolated, settings.top_k)
-        rows += 2 + isolated * (1 + plan.uncond)
-    return rows / (2 * STEPS)
+    return sum(rows_by_step(settings, claims, STEPS)) / (2 * STEPS)
 
 
 def as_factor(number: float) -> str:

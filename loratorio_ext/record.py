@@ -41,10 +41,14 @@ class StepWeights:
 
 
 class Record:
-    """The steps of one batch of images; a second pass (hires fix) follows the first."""
+    """The steps of one batch of images; a second pass (hires fix) follows the first.
 
-    def __init__(self):
+    ``images``: how many there are, though nothing be composed of them (the user may skip a batch).
+    """
+
+    def __init__(self, images: int = 0):
         self.steps: list[StepWeights] = []
+        self._images = images
 
     def add(
         self,
@@ -65,7 +69,7 @@ class Record:
 
     @property
     def images(self) -> int:
-        return self.steps[0].weights.shape[1] if self.steps else 0
+        return self.steps[0].weights.shape[1] if self.steps else self._images
 
     def share_table(self, image: int) -> np.ndarray:
         """``[S, N]``: the share of each of `loras` in each step, 0 where it took no part."""
@@ -124,7 +128,7 @@ def read_shares(text: str) -> dict[str, float]:
 class StepData(dict):
     """Data of the host's answer, and no text: ``{"loras": [name, ...], "shares": [image][step][lora]}``; with maps,
     also ``"base": [image][step]``, the base model's shares, and ``"maps": [image][lora][row][column]``, weights by
-    patch as the mean over the steps.
+    patch as the mean over the steps. Of an image that was skipped before its first step, every list is empty.
 
     Hosts write their parameters into infotexts, where what can be called stands for what it returns, and None for
     nothing.
@@ -145,6 +149,9 @@ class StepData(dict):
                 found["shares"].append(rows)
                 if maps:
                     found["base"].append([round(max(0.0, 1 - float(row.sum())), 4) for row in table])
+                if maps and not record.steps:
+                    found["maps"].append([])
+                elif maps:
                     of_loras = record.mean_maps(image)
                     nothing = np.zeros_like(of_loras[0])
                     by_lora = [nothing if at is None else of_loras[at] for at in columns]

@@ -211,7 +211,7 @@ class Claims(Option):
     Its infotext form, and that of a text box, is the mapping in JSON; blank text is the empty one.
     """
 
-    allowed = "a mapping of LoRA names to mappings of at, share, steps, mask and base"
+    allowed = "a mapping of LoRA names to mappings of at, share, steps, mask, words and base"
     given_as = str
 
     def check(self, value: Any) -> Frozen:
@@ -462,8 +462,8 @@ OPTIONS = (
         Frozen(),
         "Where, when, how much",
         "For LoRAs by name, what tags can say as well: at (left, right, top, bottom, centre, or x0-y0-x1-y1 in "
-        "fractions), share (a factor on its claim), steps (first-last in fractions), base (in every pass); and mask, a "
-        "picture in base64, white where it may act.",
+        "fractions), share (a factor on its claim), steps (first-last in fractions), words (its trigger words), base "
+        "(in every pass); and mask, a picture in base64, white where it may act.",
         group="Where, when, how much",
         methods=COMPOSING,
         idle=Frozen(),
@@ -507,8 +507,8 @@ OPTIONS = (
         "global_below",
         0.0,
         "Global below",
-        "LoRAs whose divergence varies less than this over the image (standard deviation over mean), as a style's "
-        "does, are added in full everywhere and compete with nobody. 0: all compete. Gates only.",
+        "LoRAs whose divergence varies less than this over the image (standard deviation over mean), such as styles "
+        "and backgrounds, are added in full and compete with nobody. 0: all compete. Gates only.",
         group="Weights",
         low=0.0,
         high=8.0,
@@ -541,9 +541,21 @@ OPTIONS = (
         methods=LORATORIO,
         idle=0.0,
     ),
+    Option(
+        "unnamed",
+        "keep",
+        "Unnamed LoRAs",
+        "LoRAs whose trigger words are known, when none of them is in an image's prompt. keep: they take part like the "
+        "others. drop_pooled: those of the pool take none in this image, so that words choose from a pool. drop: nor "
+        "do those with a tag.",
+        group="Pool and selection",
+        choices=("keep", "drop_pooled", "drop"),
+        methods=COMPOSING,
+        idle="keep",
+    ),
 )
 
-UNTOUCHED_BY_PRESETS = ("enabled", "pool", "pool_weight", "show_maps", "loras", "everywhere")
+UNTOUCHED_BY_PRESETS = ("enabled", "pool", "pool_weight", "show_maps", "loras", "everywhere", "unnamed")
 """What an image is made of and what is shown of it; presets say how it is composed."""
 
 OPTION = {option.name: option for option in OPTIONS}

@@ -1,9 +1,10 @@
-"""The words that call a LoRA up, from what its file and the host's notes beside it say."""
+"""The words that call a LoRA up, by its file and the host's notes beside it; and whether a prompt has them."""
 
 import json
 import os
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 LIMIT = 6
@@ -42,3 +43,27 @@ def trigger_words(file: str, metadata: Mapping[str, Any]) -> str:
     """The user's own activation text, else the most frequent training tags, else nothing."""
     text = user_notes(file).get("activation text")
     return text.strip() if isinstance(text, str) and text.strip() else ", ".join(training_tags(metadata))
+
+
+def phrases(text: str) -> tuple[str, ...]:
+    """What is between a text's commas and line breaks: each is one way to call a LoRA up."""
+    return tuple(dict.fromkeys(filter(None, map(str.strip, re.split(r"[,\n]", text)))))
+
+
+def stems(text: str) -> set[str]:
+    """A text's words without case and plural; weights, brackets, underscores and hyphens only part them."""
+    return {word.removesuffix("s") for word in re.findall(r"[^\W_]+", text.casefold())}
+
+
+def has_phrase(prompt: str, phrase: str) -> bool:
+    """Whether a prompt may mean a phrase: all of its words are there, wherever. So weights, prompt editing and words in
+    between hide none. Of scripts that write words in one line, the phrase as it stands."""
+    wanted = stems(phrase)
+    in_one_line = not phrase.isascii() and phrase.casefold() in prompt.casefold()
+    return in_one_line or (bool(wanted) and wanted <= stems(prompt))
+
+
+def is_named(prompt: str, words: Iterable[str]) -> bool:
+    """Whether a prompt has any of the phrases ``words``; true where none is known."""
+    words = tuple(words)
+    return not words or any(has_phrase(prompt, phrase) for phrase in words)

@@ -9,11 +9,12 @@ from typing import Any
 from urllib.parse import quote
 
 import gradio as gr
-from modules import sd_models
+from modules import sd_models, shared
 from modules.ui_common import create_refresh_button
 from modules.ui_components import InputAccordion
 
 from loratorio_ext.errors import LoRAtorioError
+from loratorio_ext.families import family_of_model, made_for
 from loratorio_ext.hosts.webui import list_anew, listed_loras
 from loratorio_ext.pool import Listed, folders, resolve
 from loratorio_ext.preview import (
@@ -21,7 +22,6 @@ from loratorio_ext.preview import (
     CUSTOM,
     Seen,
     cost_in_words,
-    family_of,
     preset_in_words,
     preset_of,
     preset_values,
@@ -150,33 +150,37 @@ MOST_SHOWN = 12
 """So many LoRAs are shown by name."""
 PICTURES = [middle + ending for ending in (".png", ".jpg", ".jpeg", ".webp", ".gif") for middle in ("", ".preview")]
 """How the host's pictures of a LoRA end."""
+COVERS = "ssmd_cover_images"
+"""A file's metadata that hold its pictures."""
 
 
 def loaded_family() -> str | None:
     """The family of the model that is loaded now; nothing is loaded to find out."""
-    model = getattr(sd_models.model_data, "sd_model", None)
-    flags = {"is_sdxl": "SDXL", "is_sd2": "SD 2", "is_sd1": "SD 1"}
-    return next((family for flag, family in flags.items() if getattr(model, flag, False)), None)
+    return family_of_model(getattr(sd_models.model_data, "sd_model", None))
 
 
 def thumbnail(lora: Listed) -> str:
-    """The host's own picture of a LoRA, as HTML; nothing where it has none."""
+    """The host's own picture of a LoRA, beside the file or in it, as HTML; nothing where it has none."""
     stem = os.path.splitext(lora.file)[0]
     found = next((stem + ending for ending in PICTURES if os.path.isfile(stem + ending)), None)
-    if found is None:
+    if found is not None:
+        address = f"thumb?filename={quote(found.replace(os.sep, '/'))}&mtime={os.path.getmtime(found)}"
+    elif COVERS in lora.metadata:
+        address = f"cover-images?page=lora&item={quote(lora.name)}"
+    else:
         return ""
-    address = f"./sd_extra_networks/thumb?filename={quote(found.replace(os.sep, '/'))}&mtime={os.path.getmtime(found)}"
-    return f'<img src="{html.escape(address)}" alt="">'
+    return f'<img src="./sd_extra_networks/{html.escape(address)}" alt="">'
 
 
 def remarks(lora: Seen, family: str | None) -> list[str]:
     """What is to be said of a LoRA beside its name and weight, as HTML."""
     if lora.lora is None:
         return ['<b class="loratorio-bad">not found</b>']
-    made_for, claim, said = family_of(lora.lora.metadata), lora.claim, []
-    if made_for and family and made_for != family:
-        said.append(f'<b class="loratorio-bad">made for {made_for}, not {family}</b>')
+    made, claim, said = made_for(lora.lora.metadata, lora.lora.file), lora.claim, []
+    if made and family and family not in made.families:
+        said.append(f'<b class="loratorio-bad">made for {made.text}, not {family}</b>')
     said += ["from the pool"] if lora.pooled else []
+    said += ["from a style"] if lora.styled else []
     said += ["in every pass"] if claim.base else []
     said += ["in its place"] if claim.placed else []
     said += [f"share {claim.share:g}"] if claim.share != 1 else []
@@ -195,16 +199,17 @@ def loras_as_html(loras: Sequence[Seen], family: str | None) -> str:
     return f"<ul>{''.join(items)}</ul>" if items else ""
 
 
-def look(prompt: str, preset: str, *args: Any) -> list:
-    """The preset that the values make, what it sets, and what will be composed at which cost or refused with which
-    words, as HTML."""
+def look(typed: str, styles: Sequence[str] | None, preset: str, *args: Any) -> list:
+    """The preset that the values make, what it sets, and what will be composed of the prompt with its styles at which
+    cost or refused with which words, as HTML."""
     try:
         settings = Settings.from_args(args)
     except LoRAtorioError as error:
         return [gr.update(value=CUSTOM), "", f'<p class="loratorio-bad">{html.escape(error.detail)}</p>']
     preset = preset_of(settings, preset)
     try:
-        loras = seen(prompt, settings, listed_loras())
+        prompt = shared.prompt_styles.apply_styles_to_prompt(typed, styles or [])
+        loras = seen(prompt, settings, listed_loras(), typed)
         below = loras_as_html(loras, loaded_family()) + f"<p>{html.escape(cost_in_words(settings, loras))}</p>"
     except LoRAtorioError as error:
         below = f'<p class="loratorio-bad">{html.escape(error.detail)}</p>'
@@ -233,11 +238,11 @@ def rows_of(options: Sequence[Option]) -> list[list[Option]]:
     return rows
 
 
-def build_ui(tab: str, prompt: Any = None) -> tuple[list, list]:
+def build_ui(tab: str, prompt: Any = None, styles: Any = None) -> tuple[list, list]:
     """The components in the table's order, and the pairs of component and reader for the WebUI's infotext paste.
 
-    The tick box sits on the accordion's header; options that the chosen method ignores are hidden. ``prompt``: the
-    tab's own input, where there is a browser to see what is said of its LoRAs.
+    The tick box sits on the accordion's header; options that the chosen method ignores are hidden. ``prompt``,
+    ``styles``: the tab's own inputs, where there is a browser to see what is said of their LoRAs.
     """
     prefix = f"loratorio_{tab}"
     enabled = OPTION["enabled"]
@@ -294,9 +299,13 @@ def build_ui(tab: str, prompt: Any = None) -> tuple[list, list]:
     method.change(show_used, inputs=[method], outputs=outputs, show_progress=False)
     preset.input(fill_in, inputs=[preset], outputs=[by_name[option.name] for option in BY_PRESETS], show_progress=False)
     components = [by_name[option.name] for option in OPTIONS]
-    if prompt is not None:
+    if prompt is not None and styles is not None:
         again.click(
-            look, inputs=[prompt, preset, *components], outputs=[preset, sets, loras], show_progress=False, queue=False
+            look,
+            inputs=[prompt, styles, preset, *components],
+            outputs=[preset, sets, loras],
+            show_progress=False,
+            queue=False,
         )
 
     infotext_fields = [(by_name[option.name], pasted(option)) for option in OPTIONS]

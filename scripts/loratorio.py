@@ -13,8 +13,8 @@ host = webui_adapter()  # now, not at the first image: a host reports a script t
 
 
 class LoRAtorioScript(scripts.Script):
-    prompt = None
-    """The tab's input for it, where there is a UI."""
+    prompt = styles = None
+    """The tab's inputs for them, where there is a UI."""
 
     @property
     def tab(self):
@@ -29,9 +29,11 @@ class LoRAtorioScript(scripts.Script):
     def after_component(self, component, **kwargs):
         if kwargs.get("elem_id") == f"{self.tab}_prompt":
             self.prompt = component
+        elif kwargs.get("elem_id") == f"{self.tab}_styles":
+            self.styles = component
 
     def ui(self, is_img2img):
-        components, self.infotext_fields = build_ui(self.tab, self.prompt)
+        components, self.infotext_fields = build_ui(self.tab, self.prompt, self.styles)
         return components
 
     def before_process(self, p, *args):

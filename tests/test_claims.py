@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from loratorio_ext import masks
-from loratorio_ext.claims import Claim, Claims, Tagged, claims_of, place_of, share_of
+from loratorio_ext.claims import Claim, Claims, Tagged, claims_of, heeding, left_out, not_heeded, place_of, share_of
 from loratorio_ext.errors import SettingsError
 from loratorio_ext.parts import OTHERS, PARTS, PLACES, box_of, check_at, check_steps, is_slip, parts_of_tag
 from loratorio_ext.pool import Listed
@@ -109,6 +109,7 @@ class TestTags:
             ("stepps=0-1", "steps"),
             ("STEPS=0-1", "steps"),
             ("bsae=1", "base"),
+            ("word=zorg", "words"),
             ("AT=left", "at"),
         ],
     )
@@ -426,9 +427,58 @@ class TestClaims:
 
     def test_every_part_reaches_the_claim(self):
         mask = masks.kept(mask_of([[255]]))
-        parts = {"at": "left", "share": 2.0, "steps": "0-0.5", "mask": mask}
-        assert claims("a", loras={"a": parts}).each == (Claim((0.0, 0.0, 0.5, 1.0), 2.0, (0.0, 0.5), mask),)
+        parts = {"at": "left", "share": 2.0, "steps": "0-0.5", "mask": mask, "words": "zorg robot,zr"}
+        expected = Claim((0.0, 0.0, 0.5, 1.0), 2.0, (0.0, 0.5), mask, ("zorg robot", "zr"))
+        assert claims("a", loras={"a": parts}).each == (expected,)
         assert set(parts) | {"base"} == set(PARTS)
+
+
+class TestWords:
+    def test_a_tag_goes_before_the_option_before_the_file(self):
+        file = Tagged(lora("zorg"), ("zorg", "1"), words=("robot",))
+        assert claims(file).each[0].words == ("robot",)
+        assert claims(file, loras={"zorg": {"words": "zr, zorg"}}).each[0].words == ("zr", "zorg")
+        in_tag = Tagged(lora("zorg"), ("zorg", "1", "words=zorg robot"), words=("robot",))
+        assert claims(in_tag, loras={"zorg": {"words": "zr"}}).each[0].words == ("zorg robot",)
+        none = Tagged(lora("zorg"), ("zorg", "1", "words="), words=("robot",))
+        assert claims(none).each[0].words == ()
+
+    @pytest.mark.parametrize(
+        "unnamed, of_the_prompt, of_a_pool",
+        [("keep", True, True), ("drop_pooled", True, False), ("drop", False, False)],
+    )
+    def test_who_may_be_left_out(self, unnamed, of_the_prompt, of_a_pool):
+        claim = Claim(words=("zorg robot",))
+        for pooled, stays in ((False, of_the_prompt), (True, of_a_pool)):
+            heeded = heeding(claim, ["a red ball"], unnamed, pooled)
+            assert heeded.acts_at(0.5) == stays
+            assert (left_out("zorg", heeded) is None) == stays
+            assert heeding(claim, ["a zorg robot"], unnamed, pooled) == claim
+            assert heeding(Claim(), ["a red ball"], unnamed, pooled) == Claim(), "nobody knows its words"
+            in_every_pass = Claim(words=("zorg robot",), base=True)
+            assert heeding(in_every_pass, ["a red ball"], unnamed, pooled) == in_every_pass
+
+    def test_of_a_batch_those_images_that_name_it(self):
+        prompts = ["a zorg robot", "a red ball", "a robot, zorg"]
+        some = heeding(Claim(words=("zorg robot",)), prompts, "drop", False)
+        assert some.images == (True, False, True) and some.acts_at(0) and some.placed
+        assert left_out("zorg", some) == (
+            "zorg takes no part in image 2: the prompt has none of its trigger words (zorg robot)"
+        )
+        place = place_of([some, Claim(at=PLACES["left"])], 2, 40, image_of_row=(0, 1, 1, 2))
+        assert place.shape == (2, 4, 2, 40)
+        assert place[0].amax(dim=(1, 2)).tolist() == place[0].amin(dim=(1, 2)).tolist() == [1, 0, 0, 1]
+        assert torch.equal(place[1], place_of([Claim(at=PLACES["left"])], 2, 40).expand(4, 2, 40))
+
+    def test_without_a_difference_between_images_places_are_those_of_all(self):
+        nobody = heeding(Claim(words=("zorg",)), ["a", "b"], "drop", False)
+        assert not nobody.placed and not nobody.acts_at(0.5)
+        assert place_of([Claim(), Claim()], 3, 4, image_of_row=(0, 1)) is None
+
+    def test_what_methods_do_not_know(self):
+        some = heeding(Claim(words=("zorg",)), ["zorg", "b"], "drop", False)
+        assert not_heeded("merge", [Claim(words=("zorg",))]) is None, "words alone ask for nothing"
+        assert not_heeded("switch", [some]) and not not_heeded("composite", [some])
 
 
 def test_errors_know_what_is_to_blame():

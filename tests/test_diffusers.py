@@ -386,6 +386,84 @@ class TestClaimsAgainstPeft:
             assert step.plan.isolated == () and (step.weights is None or len(step.weights) == 0)
 
 
+class TestUnnamed:
+    """LoRAs whose trigger words the prompt does not have."""
+
+    @pytest.mark.parametrize("method", ["loratorio", "composite", "switch"])
+    def test_left_out_is_as_if_it_were_not_there(self, pipes, files, method):
+        pipe = pipes["sd1"]
+        first, second = loras_of(pipe, files["sd1"][:2], WEIGHTS[:2])
+        unnamed = replace(second, parts={"words": "zorg robot"})
+        with composed(pipe, [first, unnamed], method=method, unnamed="drop") as composition:
+            dropped = pipe(**arguments(pipe)).images
+        assert all(step.members == [first.name] for step in composition.steps)
+        assert composition.unnamed == (
+            f"{second.name} takes no part: the prompt has none of its trigger words (zorg robot)",
+        )
+        assert torch.equal(dropped, generate(pipe, [first], method=method))
+        everyone = generate(pipe, [first, second], method=method)
+        assert torch.equal(generate(pipe, [first, unnamed], method=method, unnamed="keep"), everyone)
+        assert torch.equal(generate(pipe, [first, unnamed], method=method, unnamed="drop_pooled"), everyone)
+        pooled = replace(unnamed, pooled=True)
+        assert torch.equal(generate(pipe, [first, pooled], method=method, unnamed="drop_pooled"), dropped)
+        named, call = replace(second, parts={"words": "zorg, cat"}), {"prompt": ["a red cat", "cats"]}
+        everyone = generate(pipe, [first, second], method=method, call=call)
+        assert torch.equal(generate(pipe, [first, named], method=method, unnamed="drop", call=call), everyone)
+
+    @pytest.mark.parametrize("method", ["loratorio", "composite"])
+    def test_of_a_batch_each_image_for_itself(self, pipes, files, method):
+        pipe = pipes["sd1"]
+        first, second = loras_of(pipe, files["sd1"][:2], WEIGHTS[:2])
+        of_cats = replace(second, parts={"words": "cat"})
+        options = {"method": method} | ({} if method == "composite" else OPTIONS)
+        images = generate(pipe, [first, of_cats], unnamed="drop", **options)  # "a red cat", "two dogs"
+        both, alone = generate(pipe, [first, second], **options), generate(pipe, [first], **options)
+        assert relative_error(images[0], both[0]) < 1e-4 and relative_error(images[1], alone[1]) < 1e-4
+        assert relative_error(both[1], alone[1]) > 0.01
+        with pytest.warns(UserWarning, match="takes no part in image 2: .*none of its trigger words .cat."):
+            generate(pipe, [first, of_cats], unnamed="drop", **options)
+
+    def test_merging_leaves_nobody_out_and_does_not_say_so(self, pipes, files):
+        pipe = pipes["sd1"]
+        first, second = loras_of(pipe, files["sd1"][:2], WEIGHTS[:2])
+        unnamed = replace(second, parts={"words": "zorg"})
+        with composed(pipe, [first, unnamed], method="merge", unnamed="drop") as composition:
+            merged = pipe(**arguments(pipe)).images
+        assert composition.unnamed == ()
+        assert torch.equal(merged, generate(pipe, [first, second], method="merge"))
+
+    def test_the_next_call_asks_its_own_prompts(self, pipes, files):
+        pipe = pipes["sd1"]
+        first, second = loras_of(pipe, files["sd1"][:2], WEIGHTS[:2])
+        with composed(pipe, [first, replace(second, parts={"words": "dog"})], unnamed="drop") as composition:
+            for prompt, names in (("a cat", [first.name]), ("a dog", [first.name, second.name])):
+                pipe(**arguments(pipe, [prompt], [""], steps=1))
+                assert composition.steps[0].members == names
+                assert bool(composition.unnamed) == (len(names) == 1)
+
+    def test_nobody_named_is_the_bare_model(self, pipes, files):
+        pipe = pipes["sd1"]
+        lora = replace(loras_of(pipe, files["sd1"][:1])[0], parts={"words": "zorg"})
+        assert torch.equal(generate(pipe, [lora], unnamed="drop"), pipe(**arguments(pipe)).images)
+
+    def test_words_are_those_of_the_file(self, pipes, files, tmp_path):
+        tensors = load_file(files["sd1"][0])
+        save_file(tensors, tmp_path / "a.safetensors", {"ss_tag_frequency": json.dumps({"10": {"zorg robot": 9}})})
+        lora = load_lora(pipes["sd1"], tmp_path / "a.safetensors")
+        assert lora.words == ("zorg robot",)
+        with composed(pipes["sd1"], [lora, *loras_of(pipes["sd1"], files["sd1"])]) as composition:
+            assert [claim.words for claim in composition.claims] == [("zorg robot",), (), (), ()]
+
+    def test_embeddings_name_nobody(self, pipes, files):
+        pipe = pipes["sd1"]
+        embeds, negative = pipe.encode_prompt(PROMPT, "cpu", 1, True, NEGATIVE)
+        given = {"prompt": None, "negative_prompt": None, "prompt_embeds": embeds, "negative_prompt_embeds": negative}
+        lora = loras_of(pipe, files["sd1"])[1]
+        with composed(pipe, [lora], unnamed="drop"), pytest.raises(UnsupportedError, match="embeddings") as caught:
+            pipe(**{**arguments(pipe), **given})
+        assert caught.value.field == "unnamed"
+
+
 class TestClaims:
     def test_alone_at_the_left(self, pipes, files):
         """One LoRA, at the left: the rest is the bare model's, in the weights and in the first step's latents."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from loratorio_ext.hosts.forge_backends import ReForge
 from loratorio_ext.hosts.forge_patches import as_held, branches, joined, low_rank
 from loratorio_ext.isolation import Delta, Isolation, LowRank
 
@@ -78,7 +79,7 @@ def layer_of(shape):
 def under(layer, patches, x):
     """The layer's output with the patches as side branches of the weight."""
     model = nn.ModuleDict({"layer": layer})
-    fitting, misfits = branches(model, {"layer.weight": patches}, lambda weight: weight, merge)
+    fitting, misfits = branches(model, {"layer.weight": patches}, getattr, merge)
     assert not misfits
     with torch.no_grad(), Isolation({"layer.weight": layer}, [fitting]).rows([0]):
         return layer(x), fitting["layer.weight"]
@@ -121,7 +122,7 @@ def test_differences_are_what_the_host_merges():
 def test_weight_and_bias_are_branches_of_their_own():
     model, x = nn.ModuleDict({"layer": nn.Linear(6, 12)}), torch.randn(2, 6)
     store = {"layer.weight": [patch(lora(12, 6, 3))], "layer.bias": [patch((torch.randn(12),))]}
-    fitting, misfits = branches(model, store, lambda weight: weight, merge)
+    fitting, misfits = branches(model, store, getattr, merge)
     layer = model["layer"]
     with torch.no_grad():
         with Isolation(dict.fromkeys(store, layer), [fitting]).rows([0]):
@@ -133,10 +134,21 @@ def test_weight_and_bias_are_branches_of_their_own():
     assert not misfits
 
 
+def test_what_the_host_adds_in_passing_is_a_part_of_the_weight():
+    """Where LoRAs are not merged for want of memory: a difference that depends on the weight must see them."""
+    layer = nn.Linear(6, 12)
+    weight, bias = layer.weight.clone(), layer.bias.clone()
+    layer.weight_function = [lambda weight: weight.add_(1), lambda weight: weight.mul_(2)]
+    with torch.no_grad():
+        torch.testing.assert_close(ReForge().weight(layer, "weight"), 2 * (weight + 1))
+    assert torch.equal(layer.weight, weight)
+    assert torch.equal(ReForge().weight(layer, "bias"), bias)
+
+
 def test_a_misfit_is_one_though_the_host_merges_nothing_and_says_nothing():
     model = nn.ModuleDict({"layer": nn.Linear(6, 12)})
     store = {"layer.weight": [patch(lora(12, 5, 3))]}
-    fitting, misfits = branches(model, store, lambda weight: weight, lambda patches, weight, name: weight)
+    fitting, misfits = branches(model, store, getattr, lambda patches, weight, name: weight)
     assert not fitting
     assert "for a layer of 12 x 5" in str(misfits["layer.weight"])
 
@@ -147,7 +159,7 @@ def test_misfits_are_told_by_name():
 
     model = nn.ModuleDict({"layer": nn.Linear(6, 12), "cube": nn.Conv3d(2, 2, 3), "words": nn.Embedding(3, 4)})
     names = ("layer.weight", "cube.weight", "words.weight", "nowhere.weight", "layer.scale")
-    fitting, misfits = branches(model, {name: [patch(lora(5, 5, 2))] for name in names}, lambda weight: weight, refuse)
+    fitting, misfits = branches(model, {name: [patch(lora(5, 5, 2))] for name in names}, getattr, refuse)
     assert not fitting
     assert misfits.keys() == set(names)
 

@@ -69,6 +69,7 @@ class TestGates:
         relative = core.relative_divergence(1 - similarity, 0.5)
         order = [i for i in order if i < len(relative)]
         gates = core.gates(relative, 4.0, global_below=0.5)
+        # Where a number lies in memory decides how it is rounded.
         torch.testing.assert_close(core.gates(relative[order], 4.0, global_below=0.5), gates[order])
         torch.testing.assert_close(core.gates(relative * factor, 4.0), core.gates(relative, 4.0), rtol=1e-4, atol=1e-6)
 

@@ -87,6 +87,79 @@ class TestPrior:
             assert (core.LoRAtorio(**options(patch_size=p)).prior(torch.ones(2, 11, 13)) == 1).all()
 
 
+class TestPlacesOfEachRow:
+    """Rows in which a LoRA may act elsewhere than in others, as where only some images of a batch name it."""
+
+    @staticmethod
+    def row_of(predictions, row):
+        """The step as if this row were all there is."""
+        image = predictions.image_of_row[row]
+        return replace(
+            predictions,
+            **{name: getattr(predictions, name)[row : row + 1] for name in ("host_cond", "eps_base")},
+            **{name: getattr(predictions, name)[:, row : row + 1] for name in ("cond", "eps")},
+            host_uncond=predictions.host_uncond[image : image + 1],
+            uncond=predictions.uncond[:, image : image + 1],
+            image_of_row=(0,),
+            place=predictions.place[:, row],
+        )
+
+    @given(st.data(), method_options(), st.integers(1, 4), st.sampled_from(ROWS), st.integers(0, 1000))
+    def test_each_row_is_the_oracles_with_its_own_places(self, data, chosen, n, rows, seed):
+        place = torch.stack([data.draw(places(n)) for _ in rows], dim=1)
+        predictions = replace(step(n, rows, seed), place=place, share=data.draw(st.one_of(st.none(), shares(n))))
+        result = core.LoRAtorio(**chosen).combine(predictions)
+        base_share, pixels = chosen["base_share"], []
+        for row in range(len(rows)):
+            cond, _, weights = expected(self.row_of(predictions, row), chosen)
+            assert_close(result.weights[:, row : row + 1], weights, tolerance=1e-4)
+            assert_close(result.cond[row : row + 1], cond, relative_to=max(1, np.abs(cond).max()), tolerance=1e-4)
+            pixels.append(oracle.UPSAMPLE[chosen["upsampling"]](weights, SIZE, chosen["patch_size"])[:, 0])
+        for image in range(len(predictions.host_uncond)):
+            mean = np.mean([pixels[row] for row in range(len(rows)) if rows[row] == image], axis=0)[:, None]
+            own, base = (exact(each[..., image, :, :, :]) for each in (predictions.uncond, predictions.host_uncond))
+            uncond = oracle.recenter(base[None], oracle.compose(own[:, None], mean, base[None]), base_share)
+            scale = max(1, np.abs(uncond).max())
+            assert_close(result.uncond[image : image + 1], uncond, relative_to=scale, tolerance=1e-4)
+
+    @given(st.data(), st.integers(1, 4), st.sampled_from(ROWS), st.integers(0, 1000))
+    def test_composite(self, data, n, rows, seed):
+        place = torch.stack([data.draw(places(n)) for _ in rows], dim=1)
+        share = data.draw(st.one_of(st.none(), shares(n)))
+        predictions = replace(step(n, rows, seed), place=place, share=share)
+        result = core.Composite().combine(predictions)
+        shared = None if share is None else exact(share)
+        for row in range(len(rows)):
+            one = self.row_of(predictions, row)
+            cond = oracle.composite(exact(one.cond), shared, exact(one.place), exact(one.host_cond))
+            assert_close(result.cond[row : row + 1], cond, relative_to=max(1, np.abs(cond).max()), tolerance=1e-4)
+        if len(set(rows)) == len(rows):  # then an image's weights are its one row's
+            for row, image in enumerate(rows):
+                one = self.row_of(predictions, row)
+                uncond = oracle.composite(exact(one.uncond), shared, exact(one.place), exact(one.host_uncond))
+                scale = max(1, np.abs(uncond).max())
+                assert_close(result.uncond[image : image + 1], uncond, relative_to=scale, tolerance=1e-4)
+
+    @given(method_options(), st.integers(1, 4), st.sampled_from(ROWS), st.integers(0, 1000))
+    def test_the_same_in_every_row_is_one_for_all(self, chosen, n, rows, seed):
+        predictions = step(n, rows, seed)
+        for method in (core.LoRAtorio(**chosen), core.Composite()):
+            all_rows = method.combine(replace(predictions, place=halves(n)))
+            each_row = method.combine(replace(predictions, place=halves(n).unsqueeze(1).expand(n, len(rows), *SIZE)))
+            torch.testing.assert_close(each_row.cond, all_rows.cond)
+            torch.testing.assert_close(each_row.uncond, all_rows.uncond)
+
+    def test_a_row_in_which_nobody_may_act_is_the_base_models(self):
+        predictions = step(2, (0, 1))
+        place = torch.ones(2, 2, *SIZE)
+        place[:, 1] = 0
+        for method in (core.LoRAtorio(**options(base_share=0.0)), core.Composite()):
+            result = method.combine(replace(predictions, place=place))
+            torch.testing.assert_close(result.cond[1], predictions.host_cond[1])
+            torch.testing.assert_close(result.uncond[1], predictions.host_uncond[1])
+            assert not torch.allclose(result.cond[0], predictions.host_cond[0], atol=0.1)
+
+
 class TestLoRAtorio:
     @given(st.data(), method_options(), st.integers(1, 4), st.sampled_from(ROWS), st.integers(0, 1000), st.booleans())
     def test_agrees_with_the_oracle_end_to_end(self, data, chosen, n, rows, seed, with_uncond):

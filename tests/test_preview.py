@@ -11,7 +11,6 @@ from loratorio_ext.preview import (
     CUSTOM,
     cost,
     cost_in_words,
-    family_of,
     preset_in_words,
     preset_of,
     preset_values,
@@ -80,18 +79,10 @@ class TestSeen:
             except SettingsError:
                 pass
 
-    @pytest.mark.parametrize(
-        "metadata, family",
-        [
-            ({"ss_base_model_version": "sdxl_base_v1-0"}, "SDXL"),
-            ({"ss_base_model_version": "sd_v1"}, "SD 1"),
-            ({"modelspec.architecture": "stable-diffusion-v2-768-v/lora"}, "SD 2"),
-            ({"ss_base_model_version": "flux1"}, None),
-            ({}, None),
-        ],
-    )
-    def test_what_a_file_was_made_for(self, metadata, family):
-        assert family_of(metadata) == family
+    def test_what_comes_from_a_style_and_is_not_typed(self):
+        found = seen("<lora:hat> <lora:cat:0.5> <lora:dog>", Settings(pool=["ink"]), HOST, typed="<lora:hat>")
+        assert [each.name for each in found if each.styled] == ["cat", "dog"]
+        assert not any(each.styled for each in seen(THREE, Settings(), HOST))
 
 
 class TestCost:

@@ -62,6 +62,7 @@ CLAIM = st.fixed_dictionaries(
         "share": st.floats(0.01, 100),
         "steps": st.tuples(FRACTIONS, FRACTIONS).filter(lambda s: s[0] < s[1]).map(lambda s: f"{s[0]:g}-{s[1]:g}"),
         "mask": st.just(masks.kept(picture())),
+        "words": st.sampled_from(["", "zorg robot", "zorg robot, \u673a\u5668\u4eba"]),
         "base": st.booleans(),
     },
 )
@@ -200,7 +201,9 @@ class TestValues:
             assert option.check(value) == {}
             return
         if isinstance(option, Claims) and isinstance(value, dict):
-            assert "loras.value must be a mapping of at, share, steps, mask, base, got 1" in refuses(option, value)
+            assert "loras.value must be a mapping of at, share, steps, mask, words, base, got 1" in refuses(
+                option, value
+            )
             return
         message = refuses(option, value)
         assert message.startswith(f"LoRAtorio: {option.name} must be {option.allowed}, got ")
@@ -338,14 +341,17 @@ class TestValues:
             ({"steps": "0.5"}, "loras.a.steps", "first-last"),
             ({"steps": "0-2"}, "loras.a.steps", "from 0 to 1"),
             ({"steps": [0, 0.5]}, "loras.a.steps", "first-last"),
+            ({"words": 3}, "loras.a.words", "trigger words in one line"),
+            ({"words": "zorg\nrobot"}, "loras.a.words", "trigger words in one line"),
+            ({"words": "a" * 1001}, "loras.a.words", "at most 1000 characters"),
             ({"base": 1}, "loras.a.base", "true or false"),
             ({"base": "true"}, "loras.a.base", "true or false"),
             ({"mask": ""}, "loras.a.mask", "PNG or JPEG"),
             ({"mask": 7}, "loras.a.mask", "PNG or JPEG"),
-            ({"plcae": "left"}, "'plcae'", "parts: at, share, steps, mask, base"),
+            ({"plcae": "left"}, "'plcae'", "parts: at, share, steps, mask, words, base"),
             ({"shares": 2}, "'shares'", "did you mean share?"),
             ({3: 2}, "loras.a has no part 3", "parts: at"),
-            ([], "loras.a", "a mapping of at, share, steps, mask, base"),
+            ([], "loras.a", "a mapping of at, share, steps, mask, words, base"),
             (None, "loras.a", "a mapping of at"),
             ("left", "loras.a", "a mapping of at"),
         ],

@@ -54,7 +54,8 @@ class Predictions:
     ``chosen [N, R, h, w]``: the LoRAs that take part, where that is settled already; None: the method chooses.
     ``relative [N, R, h, w]``: the LoRAs' relative divergence, where earlier steps have a part in it; None: this step's.
     ``among``: the positions, among the plan's members, of those N, where only some are left; None: all of them.
-    ``place [M, H, W]`` in [0, 1]: where in the image each of the plan's M members may act; None: everywhere.
+    ``place [M, H, W]``, or ``[M, R, H, W]`` where rows differ, in [0, 1]: where in the image each of the plan's M
+    members may act; None: everywhere.
     ``share [M]``, above 0: a factor on each member's claim; None: 1 for all.
     """
 
@@ -111,6 +112,11 @@ def mean_over_rows(weights: Tensor, image_of_row: tuple[int, ...], images: int) 
     return summed.index_add(1, rows, weights) / rows.bincount(minlength=images).view(-1, 1, 1)
 
 
+def by_row(place: Tensor) -> Tensor:
+    """Places of all rows alike or of each row, as ``[N, 1 or R, ...]``."""
+    return place if place.ndim == 4 else place.unsqueeze(1)
+
+
 def coverage(place: Tensor) -> Tensor:
     """How much of a pixel or patch is the LoRAs' at all, the rest being the base model's: ``[N, ...] -> [...]``."""
     return place.sum(dim=0).clamp(max=1)
@@ -156,8 +162,8 @@ class LoRAtorio:
         return relative_divergence(self.divergence(predictions.eps, predictions.eps_base), self.relativity)
 
     def prior(self, place: Tensor | None) -> Tensor | None:
-        """How far each LoRA may act in a patch, ``[N, 1, h, w]``, from where it may act; None: everywhere."""
-        return None if place is None else patch_mean(place.float(), self.side).unsqueeze(1)
+        """How far each LoRA may act in a patch, ``[N, 1 or R, h, w]``, from where it may act; None: everywhere."""
+        return None if place is None else patch_mean(by_row(place).float(), self.side)
 
     def select(self, predictions: Predictions) -> Tensor | None:
         """Who takes part in a step; see `choose`."""
@@ -186,7 +192,7 @@ class LoRAtorio:
 
         Who is left out takes no part in anything: the adaptive temperature, too, is that of the ``chosen``.
 
-        With ``place [N, H, W]`` and ``share [N]`` (see `Predictions`) a weight is proportional to
+        With ``place [N, (R,) H, W]`` and ``share [N]`` (see `Predictions`) a weight is proportional to
         ``prior * share * exp(-score / temperature)``, and the weights of a patch add up to its coverage: the sum of the
         priors of the chosen, at most 1. So a LoRA alone has its prior as weight, halves with soft edges that meet leave
         no gap between them, and the rest is the base model's.
@@ -237,8 +243,9 @@ class LoRAtorio:
 
 
 def mean_weights(place: Tensor, share: Tensor | None) -> Tensor:
-    """Weights of a mean over LoRAs, ``[N, H, W]``: proportional to place and share, they add up to the coverage."""
-    claim = place.float() if share is None else place.float() * share.float().view(-1, 1, 1)
+    """Weights of a mean over LoRAs, ``[N, R, H, W]`` as ``place`` is: proportional to place and share, they add up to
+    the coverage."""
+    claim = place.float() if share is None else place.float() * share.float().view(-1, 1, 1, 1)
     total = claim.sum(dim=0)
     return claim / torch.where(total == 0, torch.ones_like(total), total) * coverage(place.float())
 
@@ -262,17 +269,20 @@ class Composite:
         if any(each is not None and not len(each) for each in (place, share)):
             return ComposedStep(predictions.host_cond, uncond)
 
-        def mean(host: Tensor, isolated: Tensor) -> Tensor:
-            if place is not None:
-                return compose(isolated, mean_weights(place, share).unsqueeze(1), host)
+        def mean(host: Tensor, isolated: Tensor, weights: Tensor | None) -> Tensor:
+            if weights is not None:
+                return compose(isolated, weights, host)
             everyone = torch.cat([host.unsqueeze(0), isolated])
             if share is None:
                 return everyone.mean(dim=0)
             return compose(everyone, (share.float() / share.float().sum()).view(-1, 1, 1, 1))
 
+        weights = of_image = None if place is None else mean_weights(by_row(place), share)
         if uncond is not None:
-            uncond = mean(uncond, predictions.uncond)
-        return ComposedStep(mean(predictions.host_cond, predictions.cond), uncond)
+            if weights is not None and weights.shape[1] > 1:
+                of_image = mean_over_rows(weights, predictions.image_of_row, len(uncond))
+            uncond = mean(uncond, predictions.uncond, of_image)
+        return ComposedStep(mean(predictions.host_cond, predictions.cond, weights), uncond)
 
 
 @dataclass(frozen=True)

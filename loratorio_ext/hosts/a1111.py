@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from modules import devices, extra_networks, script_callbacks, sd_unet, shared
 from modules.sd_samplers_cfg_denoiser import catenate_conds, subscript_cond
+from modules.sd_samplers_common import InterruptedException
 from torch import Tensor, nn
 
 from loratorio_ext.claims import Claim
 from loratorio_ext.core import ComposedStep, Plan, Predictions, method_from
+from loratorio_ext.costs import rows_by_step
 from loratorio_ext.errors import UnsupportedError
 from loratorio_ext.generation import Generation
 from loratorio_ext.hosts.a1111_loras import (
@@ -50,8 +52,11 @@ from loratorio_ext.hosts.neighbours import (
     taking_part,
     tensors_kept,
 )
+from loratorio_ext.hosts.progress import Progress
 from loratorio_ext.hosts.webui import (
+    attended,
     check_tags,
+    check_texts,
     claimed,
     claims_on,
     clean_up,
@@ -63,10 +68,12 @@ from loratorio_ext.hosts.webui import (
     pool_of,
     prompts_of_pass,
     sampled,
+    stop_where_asked,
     tags_of_pass,
     tell_of_loras,
     tell_of_merge,
     tell_of_none,
+    unless_stopped,
 )
 from loratorio_ext.hosts.webui_texts import (
     Affix,
@@ -81,7 +88,7 @@ from loratorio_ext.hosts.webui_texts import (
 )
 from loratorio_ext.isolation import ROWS_OF_A_POOL, CudaMemory, IsolatedCalls, Isolation, Row, Tally
 
-__all__ = ["check", "clean_up", "forget_conditionings", "interrupt", "open_sampling", "sampled"]
+__all__ = ["attended", "check", "clean_up", "forget_conditionings", "interrupt", "open_sampling", "sampled"]
 
 logger = logging.getLogger("loratorio")
 
@@ -221,6 +228,7 @@ class A1111Sampling:
         self.probes = 0
         self.ran: dict[int, set[str]] = {}
         self.plan = Plan(host=Plan.MERGED)
+        self.progress: Progress | None = None
         self.prepare()
         script_callbacks.on_cfg_denoiser(self.before_unet)
         script_callbacks.on_cfg_denoised(self.after_unet)
@@ -232,6 +240,8 @@ class A1111Sampling:
 
     def close(self) -> None:
         self.step.close()
+        if self.progress is not None:
+            self.progress.close()
         script_callbacks.remove_callbacks_for_function(self.before_unet)
         script_callbacks.remove_callbacks_for_function(self.after_unet)
 
@@ -321,8 +331,10 @@ class A1111Sampling:
             self.denoiser = denoiser
             acting = [index for index, effects in enumerate(zip(self.acts, self.speaks)) if any(effects)]
             self.plan = plan_step(self.generation, self.method, denoiser, self.claims, acting)
+            self.tell_progress(acting)
             if self.plan.host == Plan.MERGED:
                 return
+            check_texts(self.generation, self.speaks)
             self.meet_company()
             self.host_pass = self.handed_over(params)
             if self.company:
@@ -330,6 +342,21 @@ class A1111Sampling:
             self.step.enter_context(only(self.networks, self.everywhere))
             self.step.enter_context(undisturbed(self.networks, self.generation.fail))
             self.step.enter_context(answered(denoiser.inner_model, self.answer))
+
+    def tell_progress(self, acting: Sequence[int]) -> None:
+        """A step begins."""
+        if self.progress is None:
+            conds_list, *_ = text_at_step(self.texts[Plan.MERGED], self.denoiser.step)
+            self.progress = Progress(
+                rows_by_step(
+                    self.settings,
+                    [self.claims[index] for index in acting],
+                    self.denoiser.total_steps,
+                    sum(map(len, conds_list)),
+                    len(conds_list),
+                )
+            )
+        self.progress.begin(self.denoiser.step)
 
     def meet_company(self) -> None:
         """Look who else takes part in the model's evaluation."""
@@ -381,6 +408,9 @@ class A1111Sampling:
             if self.generation.error is not None:  # somebody else has swallowed it
                 raise self.generation.error
             return output
+        except InterruptedException:
+            self.step.close()  # a second pass may follow
+            raise
         except Exception as error:
             self.generation.fail(error)
             raise self.generation.error from error
@@ -407,10 +437,13 @@ class A1111Sampling:
         texts |= {asked: self.text_for(call, asked) for asked in host_pass.wanted(call.range)}
 
         def model_call(batch: Sequence[Row]) -> Tensor:
+            stop_where_asked()
             here = [row - call.first for _, row in batch]
             text = catenate_conds([texts[asked] for asked in batch])
             others = {name: value[here] for name, value in call.besides.items()}
-            return call.denoise(call.x[here], call.sigma[here], cond=as_condition(text, others))
+            output = call.denoise(call.x[here], call.sigma[here], cond=as_condition(text, others))
+            self.progress.evaluated(len(batch))
+            return output
 
         # A word that one LoRA's file brings along can make the prompt longer for it than for the others; and without
         # padding the negative prompt may be of another length.
@@ -435,8 +468,10 @@ class A1111Sampling:
                 )
             text = catenate_conds(rows)
         condition = as_condition(text, call.besides)
+        stop_where_asked()
         with self.isolation.rows([lora]), self.reads_only(text):
             output = call.denoise(call.x, call.sigma, cond=condition)
+        self.progress.evaluated(len(output))
         if not self.ran.setdefault(lora, self.isolation.ran) <= self.isolation.ran:
             raise UnsupportedError(
                 f"LoRAtorio: {named(self.company)} leaves out parts of the model and takes what it knows from another "
@@ -544,7 +579,7 @@ class A1111Sampling:
             eps=(cond - kept) / gain,
             image_of_row=host_pass.image_of_row,
             gain=gain[0],
-            **claimed(self.plan, self.claims, x),
+            **claimed(self.plan, self.claims, x, host_pass.image_of_row),
         )
 
 
@@ -590,6 +625,7 @@ def check(generation: Generation) -> None:
         check_supported()
 
 
+@unless_stopped
 def open_sampling(generation: Generation) -> A1111Sampling | None:
     """Composition for the sampling pass that is about to begin, or None where there is nothing to compose."""
     if generation.settings.method == "merge":

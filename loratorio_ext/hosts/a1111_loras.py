@@ -16,7 +16,7 @@ from loratorio_ext.errors import FileFormatError, UnsupportedError
 from loratorio_ext.generation import Generation
 from loratorio_ext.hosts.neighbours import neighbour_at_work
 from loratorio_ext.hosts.pool_files import POOL_FILES
-from loratorio_ext.hosts.webui import leave_out, listed, pool_of
+from loratorio_ext.hosts.webui import leave_out, listed, pool_of, stop_where_asked
 from loratorio_ext.isolation import Branch, Delta, LowRank, in_main_memory, is_finite, is_inert, scaled
 from loratorio_ext.pool import Listed
 
@@ -229,6 +229,7 @@ def load_pool(generation: Generation, networks: ModuleType, active: Sequence[Any
     """
     taken, loaded = [lora.network_on_disk.filename for lora in active], []
     for member in pool_of(generation, taken):
+        stop_where_asked()
         name = member.lora.name
         entry = networks.available_networks[name]
         try:

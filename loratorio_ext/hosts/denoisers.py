@@ -129,14 +129,6 @@ class Call:
         return {name: taken(name, [source[name] for source in sources]) for name in self.arguments}
 
 
-def tensors_in(output: Any) -> list[Tensor]:
-    """All tensors in containers, in their order."""
-    if isinstance(output, Tensor):
-        return [output]
-    items = output.values() if isinstance(output, Mapping) else output if isinstance(output, (list, tuple)) else ()
-    return [tensor for item in items for tensor in tensors_in(item)]
-
-
 def stacked(rows: Tensor | Sequence[Tensor]) -> Tensor:
     """A list of rows as one tensor."""
     return rows if isinstance(rows, Tensor) else torch.stack(list(rows))

@@ -40,7 +40,7 @@ from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from loratorio_ext.claims import Claim, Claims, Tagged, claims_of, not_heeded, places_and_shares
+from loratorio_ext.claims import Claim, Claims, Tagged, claims_of, heeding, left_out, not_heeded, places_and_shares
 from loratorio_ext.core import DIVERGENCE, Method, Plan, Predictions, method_from
 from loratorio_ext.errors import FileFormatError, SettingsError, UnsupportedError
 from loratorio_ext.hosts.denoisers import (
@@ -53,7 +53,6 @@ from loratorio_ext.hosts.denoisers import (
     parameterisation,
     predicted_noise,
     stacked,
-    tensors_in,
 )
 from loratorio_ext.hosts.diffusers_files import (
     check_checkpoint,
@@ -69,6 +68,7 @@ from loratorio_ext.hosts.diffusers_loras import (
     load_lora,
     text_encoders_of,
 )
+from loratorio_ext.hosts.tensors import tensors_in
 from loratorio_ext.isolation import (
     ROWS_OF_A_POOL,
     CudaMemory,
@@ -230,8 +230,8 @@ class Composition(ModelHook):
     """LoRAs at work in a pipeline, and what was seen of them: ``steps``, of the pipeline's latest call.
 
     ``loras`` compete by their ``claims``; those ``everywhere`` act in every pass, the bare model's too. ``inert`` are
-    the names of LoRAs that add nothing; ``notes`` say what is otherwise than asked. ``on_step`` is told of every step
-    as it is done.
+    the names of LoRAs that add nothing; ``notes`` say what is otherwise than asked, ``unnamed`` which the latest
+    call's prompts leave out, and why. ``on_step`` is told of every step as it is done.
     """
 
     def __init__(
@@ -245,7 +245,8 @@ class Composition(ModelHook):
         acting = [(lora, claim) for lora, claim in zip(loras, claims.each) if lora.branches]
         self.inert = tuple(lora.name for lora in loras if not lora.branches)
         self.loras = [lora for lora, claim in acting if not claim.base]
-        self.claims: list[Claim] = [claim for _, claim in acting if not claim.base]
+        self.own_claims = [claim for _, claim in acting if not claim.base]
+        self.claims: list[Claim] = self.own_claims
         self.everywhere = [lora for lora, claim in acting if claim.base]
         notes = [not_heeded(settings.method, self.claims), *(f"{name} is no LoRA given here" for name in claims.unused)]
         self.notes = tuple(filter(None, notes))
@@ -263,6 +264,7 @@ class Composition(ModelHook):
     def start(self) -> None:
         """Forget what belonged to the pipeline's call before: images may be others, and of another size."""
         self.steps = []
+        self.claims, self.unnamed = self.own_claims, ()
         self.method = self.new_method()
         self.texts, self.control = Texts(), Encoded()
         self.given: list[Any] = []
@@ -276,6 +278,7 @@ class Composition(ModelHook):
         """Around every call of the pipeline, with these arguments."""
         self.start()
         self.given = [arguments[name] for name in GIVEN_TEXTS if arguments.get(name) is not None]
+        self.heed(arguments)
         self.calling = True
         try:
             with self.base.merged():
@@ -308,6 +311,24 @@ class Composition(ModelHook):
                 under[whom] = self.encode(*args, **kwargs)
         self.texts.add(base, under)
         return base
+
+    def heed(self, given: Mapping[str, Any]) -> None:
+        """Let the prompts that the pipeline is ``given`` say whom they name; warns of those they leave out."""
+        if self.settings.unnamed == "keep":
+            return
+        prompts = given.get("prompt")
+        if prompts is None:
+            raise UnsupportedError("LoRAtorio: whom a prompt names is not seen in its embeddings", field="unnamed")
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        each = [prompt for prompt in prompts for _ in range(given.get("num_images_per_prompt") or 1)]
+        self.claims = [
+            heeding(claim, each, self.settings.unnamed, lora.pooled) for lora, claim in zip(self.loras, self.own_claims)
+        ]
+        notes = [left_out(lora.name, claim) for lora, claim in zip(self.loras, self.claims)]
+        notes += [not_heeded(self.settings.method, self.claims)]
+        self.unnamed = tuple(note for note in notes if note is not None and note not in self.notes)
+        for note in self.unnamed:
+            warnings.warn(f"LoRAtorio: {note}", stacklevel=2)
 
     def speaking(self, encoded: bool) -> list[int]:
         """The LoRAs that change the bare model's texts; where any LoRA changes texts, they must not be given
@@ -410,14 +431,15 @@ class Composition(ModelHook):
             guidance = {"host_uncond": host[uncond], "uncond": of_loras(uncond) if step.plan.uncond else None}
         if cond:
             eps = [noise(rows) for rows in of_loras(cond)]
+            image_of_row = tuple(range(len(cond)))
             step.predictions = Predictions(
                 host_cond=host[cond],
                 cond=of_loras(cond),
                 eps_base=noise(host[cond]),
                 eps=torch.stack(eps) if eps else of_loras(cond),
-                image_of_row=tuple(range(len(cond))),
+                image_of_row=image_of_row,
                 gain=noise_gain(self.pipe.scheduler, call.timestep),
-                **places_and_shares([self.claims[lora] for lora in step.plan.members], x),
+                **places_and_shares([self.claims[lora] for lora in step.plan.members], x, image_of_row),
                 **{"host_uncond": None, "uncond": None, **guidance},
             )
         composed = self.method.combine(replace(step.predictions, **guidance))
@@ -459,7 +481,7 @@ class Composition(ModelHook):
 def claims_by_name(loras: Sequence[LoRA], settings: Settings) -> Claims:
     """The LoRAs' claims by their own parts and the options; several of one name are all meant by it."""
     listed = [Listed(lora.name, str(index), lora.name) for index, lora in enumerate(loras)]
-    return claims_of(settings, [Tagged(each, parts=lora.parts) for each, lora in zip(listed, loras)])
+    return claims_of(settings, [Tagged(each, parts=lora.parts, words=lora.words) for each, lora in zip(listed, loras)])
 
 
 class ControlUnderLoRAs(ModelHook):
@@ -473,9 +495,10 @@ class ControlUnderLoRAs(ModelHook):
         """In place of the ControlNet's: its own output, and beside it those under the LoRAs are kept for this step."""
         base, texts = self.fn_ref.original_forward(*args, **kwargs), self.composition.texts
         call = Call.of(controlnet, args, kwargs)
-        under = {whom: tensors_in(self.fn_ref.original_forward(**texts.arguments(call, whom))) for whom in texts.under}
+        others = {whom: self.fn_ref.original_forward(**texts.arguments(call, whom)) for whom in texts.under}
+        under = {whom: list(tensors_in(output)) for whom, output in others.items()}
         self.composition.control = Encoded()
-        self.composition.control.add(tensors_in(base), under)
+        self.composition.control.add(list(tensors_in(base)), under)
         return base
 
 

@@ -28,6 +28,7 @@ from loratorio_ext.hosts.lycoris import branch_of, by_layer, is_lycoris
 from loratorio_ext.isolation import Branch, Delta, LowRank, is_finite, is_inert
 from loratorio_ext.multipliers import check_multiplier
 from loratorio_ext.parts import check_parts
+from loratorio_ext.triggers import phrases, trigger_words
 
 DENOISERS = ("unet", "transformer")
 TEXT_ENCODER = "text_encoder"
@@ -42,12 +43,14 @@ class LoRA:
 
     ``pooled``: it belongs to a pool, and takes no part where LoRAs act merged. ``parts``: checked parts of its claim
     (see `loratorio_ext.parts`), each of which wins over a composition's options, as what a tag says does in a WebUI.
+    ``words``: its trigger words as far as its file tells them, by phrases.
     """
 
     name: str
     branches: Mapping[str, Branch]
     pooled: bool = False
     parts: Mapping[str, Any] = field(default_factory=dict)
+    words: tuple[str, ...] = ()
 
     @property
     def speaks_to_text_encoder(self) -> bool:
@@ -205,7 +208,8 @@ def load_lora(
     for layer, branch in branches.items():
         if not is_finite(branch):
             raise header.refused(f"is damaged: what it holds for {layer} is not finite (NaN or infinity)")
-    return LoRA(name, {layer: each for layer, each in branches.items() if not is_inert(each)}, parts=parts)
+    words = phrases(trigger_words(str(path), header.metadata))
+    return LoRA(name, {layer: each for layer, each in branches.items() if not is_inert(each)}, parts=parts, words=words)
 
 
 def plain_branches(

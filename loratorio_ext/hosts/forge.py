@@ -21,6 +21,7 @@ from torch import Tensor
 
 from loratorio_ext.claims import Claim
 from loratorio_ext.core import ComposedStep, Plan, Predictions, method_from
+from loratorio_ext.costs import rows_by_step
 from loratorio_ext.errors import UnsupportedError
 from loratorio_ext.generation import Generation
 from loratorio_ext.hosts.forge_backends import WRAPPER, backend_of
@@ -42,8 +43,11 @@ from loratorio_ext.hosts.forge_loras import (
 from loratorio_ext.hosts.forge_patches import branches, joined
 from loratorio_ext.hosts.neighbours import TELLING, callers_of, named
 from loratorio_ext.hosts.pool_files import POOL_FILES
+from loratorio_ext.hosts.progress import Progress
 from loratorio_ext.hosts.webui import (
+    attended,
     check_tags,
+    check_texts,
     claimed,
     claims_on,
     clean_up,
@@ -56,14 +60,16 @@ from loratorio_ext.hosts.webui import (
     pool_of,
     prompts_of_pass,
     sampled,
+    stop_where_asked,
     tell_of_loras,
     tell_of_merge,
     tell_of_none,
+    unless_stopped,
 )
 from loratorio_ext.hosts.webui_texts import Affix, is_finite_text, same_text, token_count
 from loratorio_ext.isolation import ROWS_OF_A_POOL, BatchedCalls, Isolation, Row, Tally
 
-__all__ = ["check", "clean_up", "forget_conditionings", "interrupt", "open_sampling", "sampled"]
+__all__ = ["attended", "check", "clean_up", "forget_conditionings", "interrupt", "open_sampling", "sampled"]
 
 logger = logging.getLogger("loratorio")
 
@@ -193,6 +199,7 @@ class ForgeSampling:
         self.at_work = False
         self.asked: int | None = None
         """The sampler's model call that was composed last."""
+        self.progress: Progress | None = None
         model = self.p.sd_model
         unet = model.forge_objects.unet.clone()
         self.backend = backend_of(unet)
@@ -222,6 +229,8 @@ class ForgeSampling:
 
     def close(self) -> None:
         self.hooked.close()
+        if self.progress is not None:
+            self.progress.close()
 
     def refuse_call(self, who: str) -> Exception:
         """The error for a call of the model that is not the composition's."""
@@ -267,6 +276,7 @@ class ForgeSampling:
         """The LoRAs, each by itself; those of the pool that cannot take part are left out, and why is noted."""
         loaded = []
         for lora, name in zip(loras, labels(loras)):
+            stop_where_asked()
             try:
                 each = load(lora, name, self.base, self.networks, self.backend)
             except Exception as error:  # whatever a file may hold
@@ -331,7 +341,7 @@ class ForgeSampling:
         merged = {}
         if self.settings.start > 0 or self.settings.end < 1:
             of_the_prompt = joined([lora.patches for lora in self.loras if not lora.lora.pooled])
-            merged, _ = branches(model, of_the_prompt, self.backend.dense, self.backend.merge)
+            merged, _ = branches(model, of_the_prompt, self.backend.weight, self.backend.merge)
         # So that Plan.MERGED and Plan.BASE are indices like any other:
         by_index = [*((each or NOTHING).branches for each in made), merged, {}]
         names = {name for each in by_index for name in each}
@@ -357,6 +367,9 @@ class ForgeSampling:
         self.asked = denoiser.step
         acting = [index for index, acting in enumerate(acts) if acting]
         plan = plan_step(self.generation, self.method, denoiser, self.claims, acting)
+        self.tell_progress(step, denoiser, acting)
+        if plan.host != Plan.MERGED:
+            check_texts(self.generation, self.speaks)
         self.meet_company(step, denoiser.step)
         self.at_work = True
         try:
@@ -364,6 +377,14 @@ class ForgeSampling:
         finally:
             self.at_work = False
         return step.of_images(composed.cond), None if composed.uncond is None else composed.uncond.view_as(step.x)
+
+    def tell_progress(self, step: HostStep, denoiser: Any, acting: Sequence[int]) -> None:
+        """A step begins; its rows are the host's entries."""
+        if self.progress is None:
+            claims = [self.claims[index] for index in acting]
+            rows = rows_by_step(self.settings, claims, denoiser.total_steps, len(step.cond), len(step.uncond))
+            self.progress = Progress(rows)
+        self.progress.begin(denoiser.step)
 
     def meet_company(self, step: HostStep, number: int) -> None:
         """Look who else takes part, and take each LoRA's text for this step, with what others have put around the
@@ -414,6 +435,7 @@ class ForgeSampling:
         if plan.host == Plan.MERGED:
             return ComposedStep(cond, uncond)
         by_lora = torch.stack(alone) if alone else host.new_empty(0, each, *host.shape[1:])
+        image_of_row = tuple(range(len(step.x))) * parts
         predictions = Predictions(
             host_cond=cond,
             host_uncond=uncond,
@@ -421,9 +443,9 @@ class ForgeSampling:
             uncond=by_lora[:, parts] if plan.uncond and step.uncond else None,
             eps_base=step.predicted_noise(host[:parts]).flatten(0, 1),
             eps=step.predicted_noise(by_lora[:, :parts]).flatten(1, 2),
-            image_of_row=tuple(range(len(step.x))) * parts,
+            image_of_row=image_of_row,
             gain=-step.sigma[0],
-            **claimed(plan, self.claims, step.images),
+            **claimed(plan, self.claims, step.images, image_of_row),
         )
         composed = self.method.combine(predictions)
         names = [self.loras[member].name for member in plan.members]
@@ -468,6 +490,7 @@ class ForgeSampling:
 
             def isolated(x, sigma, **conditions):
                 asked.append(len(x))
+                stop_where_asked()
                 with self.isolation.rows(group if len(set(group)) > 1 else group[:1]):
                     return apply_model(x, sigma, **conditions)
 
@@ -481,6 +504,7 @@ class ForgeSampling:
             else:
                 output = isolated(args["input"], args["timestep"], **args["c"])
             results.update(zip(numbers, output.chunk(len(numbers))))
+            self.progress.evaluated(len(numbers))
             return output
 
         cond, uncond = [], []
@@ -513,6 +537,7 @@ def tell_of_the_pass(generation: Generation) -> None:
         generation.note("no unconditional pass at CFG scale 1, so guidance is not re-centred")
 
 
+@unless_stopped
 def open_sampling(generation: Generation) -> ForgeSampling | None:
     """Composition for the sampling pass that is about to begin, or None where there is nothing to compose."""
     if generation.settings.method == "merge":

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loratorio_ext.errors import UnsupportedError
 from loratorio_ext.hosts.forge_patches import Patches
@@ -40,8 +40,9 @@ class Backend(Protocol):
         """Take from a patcher of our own what ``loaded`` holds and ``original`` does not, the prompt's LoRAs, and give
         it what ``base`` holds beside ``original``, those that are in every pass."""
 
-    def dense(self, weight: Tensor) -> Tensor:
-        """A weight as numbers."""
+    def weight(self, layer: nn.Module, leaf: str) -> Tensor:
+        """A layer's weight or bias as the layer uses it: as numbers, with the LoRAs that the host adds in passing. It
+        may be the layer's own."""
 
     def merge(self, patches: list, weight: Tensor, name: str) -> Tensor:
         """The weight with patches merged in by the host, the given tensor left as it is."""
@@ -74,9 +75,24 @@ class Plain:
 
 
 class PatchesByParameter:
-    """Patches lie by parameter, whosever they are; the host merges anew when the patcher's uuid is another."""
+    """Patches lie by parameter, whosever they are; the host merges anew when the patcher's uuid is another. What is not
+    merged for want of memory (or on the fly) is a function of the layer's."""
 
     store = "patches"
+
+    @staticmethod
+    def dense(weight: Tensor) -> Tensor:
+        """A weight as numbers."""
+        return weight
+
+    def weight(self, layer: nn.Module, leaf: str) -> Tensor:
+        weight = self.dense(getattr(layer, leaf))
+        functions = getattr(layer, f"{leaf}_function", ())
+        if functions:
+            weight = weight.to(torch.float32, copy=True)  # they work in place
+        for function in functions:
+            weight = function(weight)
+        return weight
 
     def patches(self, patcher: Any, before: Any) -> Patches:
         known = {id(patch) for patches in before.patches.values() for patch in patches}
@@ -164,7 +180,9 @@ class Forge(Plain, PreparedEvaluation):
         kept = {key: value for key, value in patcher.lora_patches.items() if key not in prompts}
         patcher.lora_patches = kept | base.lora_patches
 
-    def dense(self, weight: Tensor) -> Tensor:
+    @staticmethod
+    def dense(weight: Tensor) -> Tensor:
+        """A weight as numbers."""
         if hasattr(weight, "bnb_quantized"):
             from backend.operations_bnb import functional_dequantize_4bit
 
@@ -174,6 +192,14 @@ class Forge(Plain, PreparedEvaluation):
 
             return dequantize_tensor(weight)
         return weight
+
+    def weight(self, layer: nn.Module, leaf: str) -> Tensor:
+        weight = self.dense(getattr(layer, leaf))
+        scale = getattr(layer, "scale_weight", None) if leaf == "weight" else None
+        if scale is not None:
+            weight = weight.float() * scale.float()
+        in_passing = (getattr(layer, "forge_online_loras", None) or {}).get(leaf)
+        return self.merge(in_passing, weight.float(), leaf) if in_passing else weight
 
     def merge(self, patches: list, weight: Tensor, name: str) -> Tensor:
         from backend.patcher.lora import merge_lora_to_weight
@@ -223,7 +249,9 @@ class Neo(Plain, PatchesByParameter, PreparedEvaluation):
         doubled, usual = "lora_unet__", "lora_unet_"
         return {usual + key[len(doubled) :] if key.startswith(doubled) else key: weights[key] for key in weights}
 
-    def dense(self, weight: Tensor) -> Tensor:
+    @staticmethod
+    def dense(weight: Tensor) -> Tensor:
+        """A weight as numbers."""
         if hasattr(weight, "dequantize") and hasattr(weight, "requantize_from_float"):
             return weight.dequantize()
         if hasattr(weight, "bnb_quantized"):
@@ -246,9 +274,6 @@ class ReForge(Plain, PatchesByParameter):
     """The step's evaluation is replaceable as such."""
 
     evaluation = "sampler_calc_cond_batch_function"
-
-    def dense(self, weight: Tensor) -> Tensor:
-        return weight
 
     def merge(self, patches: list, weight: Tensor, name: str) -> Tensor:
         from ldm_patched.modules.lora import calculate_weight

@@ -199,7 +199,7 @@ def unet_lora(generation: Generation, backend: Backend, model: nn.Module, lora: 
 
     Raises `FileFormatError` for numbers of a prompt's LoRA that are none.
     """
-    fitting, misfits = branches(model, lora.patches, backend.dense, backend.merge)
+    fitting, misfits = branches(model, lora.patches, backend.weight, backend.merge)
     pooled = lora.lora.pooled
     for parameter, error in misfits.items():
         logger.warning("%s does not fit %s: %s", lora.name, parameter, error)

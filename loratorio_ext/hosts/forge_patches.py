@@ -125,17 +125,17 @@ def branch(layer: nn.Module, leaf: str, patches: Sequence[Sequence[Any]], weight
 
 
 def branches(
-    model: nn.Module, store: Patches, dense: Callable[[Tensor], Tensor], merge: Merge
+    model: nn.Module, store: Patches, weight: Callable[[nn.Module, str], Tensor], merge: Merge
 ) -> tuple[Mapping[str, Branch], dict[str, Exception]]:
     """A LoRA's branches by parameter name, and the parameters that it does not fit with what was wrong.
 
-    ``dense(weight)`` is the weight as numbers, where the host keeps it quantised.
+    ``weight(layer, leaf)`` is a layer's weight or bias as the layer uses it.
     """
     fitting, misfits = {}, {}
     for name, patches in store.items():
         try:
             layer, leaf = owner(model, name)
-            fitting[name] = branch(layer, leaf, patches, dense(getattr(layer, leaf)), merge)
+            fitting[name] = branch(layer, leaf, patches, weight(layer, leaf), merge)
         except (AttributeError, RuntimeError, ValueError) as error:
             misfits[name] = error
     return fitting, misfits

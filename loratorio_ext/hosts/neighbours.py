@@ -13,7 +13,9 @@ from typing import Any
 
 from modules import extensions, script_callbacks
 from modules.paths_internal import script_path
-from torch import Tensor, nn
+from torch import nn
+
+from loratorio_ext.hosts.tensors import tensors_in
 
 OURS = Path(__file__).resolve().parents[2]
 REPLACEABLE = ("forward", "_forward")
@@ -25,6 +27,8 @@ TELLING = 1e-3
 """
 DEPTH = 4
 """So many functions within functions are looked into: wrappers, decorators, what a closure holds."""
+CONTAINERS = 2
+"""So deep containers that a function keeps are looked into for tensors."""
 
 
 def functions_in(function: Any, depth: int = DEPTH) -> Iterator[FunctionType]:
@@ -125,15 +129,6 @@ def company(modules: Iterable[nn.Module], others: Iterable[Callable] = ()) -> li
     return list(taking_part(modules, others))
 
 
-def tensors_in(value: Any, depth: int = 2) -> Iterator[Tensor]:
-    """Tensors in nested dicts and lists."""
-    if isinstance(value, Tensor):
-        yield value
-    elif depth and isinstance(value, (dict, list, tuple)):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from tensors_in(each, depth - 1)
-
-
 def tensors_kept(functions: Iterable[Any]) -> dict[tuple, tuple]:
     """What tensors neighbours' functions keep between calls, as far as it can be seen: in the variables of their files
     and in what their closures hold. By where it is found, each with its shape and its sum."""
@@ -147,7 +142,7 @@ def tensors_kept(functions: Iterable[Any]) -> dict[tuple, tuple]:
             if hasattr(held, "__dict__") and not isinstance(held, (type, nn.Module, FunctionType, MethodType)):
                 values += vars(held).values()
         for where, value in enumerate(values):
-            for number, tensor in enumerate(tensors_in(value)):
+            for number, tensor in enumerate(tensors_in(value, CONTAINERS)):
                 kept[id(function), where, number] = tuple(tensor.shape), float(tensor.float().sum())
     return kept
 
@@ -181,6 +176,17 @@ def neighbour_at_work() -> str:
             return found
         frame = frame.f_back
     return "another extension"
+
+
+def asker(host_file: str) -> str | None:
+    """Who has asked for what its caller does: a neighbour, or None where code in the host's own file is nearer."""
+    frame, host_file = sys._getframe(1), place(host_file)
+    while frame is not None and place(frame.f_code.co_filename) != host_file:
+        found = owner_of_file(frame.f_code.co_filename)
+        if found is not None:
+            return found
+        frame = frame.f_back
+    return None
 
 
 def named(neighbours: Iterable[str]) -> str:

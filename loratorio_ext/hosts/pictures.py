@@ -50,11 +50,11 @@ def show(generation: Generation, processed: Any) -> None:
     for batch, record in enumerate(generation.records):
         for index in range(record.images):
             image = generation.images.get((batch, index))
-            if image is None:  # the generation was interrupted before
-                continue
             text = texts[min(number, len(texts) - 1)]
             smooth, region = settings.upsampling == "bilinear", region_painted(p)
-            for kind, picture in pictures(record, index, image, smooth, region, images.get_font).items():
+            # There is no image where the generation was interrupted before.
+            painted = image and pictures(record, index, image, smooth, region, images.get_font)
+            for kind, picture in (painted or {}).items():
                 if shared.opts.enable_pnginfo:
                     picture.info["parameters"] = text
                 save_beside(image, picture, kind, text, p)

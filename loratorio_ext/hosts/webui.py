@@ -3,22 +3,36 @@
 import logging
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
+from functools import wraps
 from types import ModuleType
 from typing import Any
 
 from modules import extra_networks, processing, shared
+from modules.sd_samplers_common import InterruptedException
 from torch import Tensor
 
-from loratorio_ext.claims import MERGE_HEEDS_NONE, Claim, Tagged, claims_of, not_heeded, places_and_shares
+from loratorio_ext.claims import (
+    MERGE_HEEDS_NONE,
+    Claim,
+    Tagged,
+    claims_of,
+    heeding,
+    left_out,
+    not_heeded,
+    places_and_shares,
+)
 from loratorio_ext.core import Method, Plan
 from loratorio_ext.errors import SettingsError, UnsupportedError
 from loratorio_ext.generation import Generation
 from loratorio_ext.hosts.limits import most_bytes, most_files
+from loratorio_ext.hosts.neighbours import asker, named
 from loratorio_ext.parts import parts_of_tag
 from loratorio_ext.pool import Listed, Member, check_size, path_below, resolve
+from loratorio_ext.triggers import phrases, trigger_words
 
 logger = logging.getLogger("loratorio")
 
@@ -140,6 +154,7 @@ def encode(p: Any) -> tuple[Any, Any]:
     The host's own code computes them, on a copy of ``p`` with caches of its own: the host's caches know a
     conditioning by its prompt alone, and must never hold one that was made with other LoRAs than the prompt's.
     """
+    stop_where_asked()
     own = copy(p)
     own.cached_c, own.cached_uc, own.cached_hr_c, own.cached_hr_uc = ([None, None] for _ in range(4))
     if getattr(p, "is_hr_pass", False):
@@ -150,9 +165,60 @@ def encode(p: Any) -> tuple[Any, Any]:
     return own.c, own.uc
 
 
+@contextmanager
+def attended(generation: Generation) -> Iterator[None]:
+    """While entered, keep who has texts of its own encoded: the text encoders hold all of the prompt's LoRAs then."""
+    model = shared.sd_model
+    encode, own = model.get_learned_conditioning, vars(model).get("get_learned_conditioning")
+
+    def look(*args, **kwargs):
+        who = asker(processing.__file__)
+        if who is not None:
+            generation.encoders[who] = None
+        return encode(*args, **kwargs)
+
+    model.get_learned_conditioning = look
+    try:
+        yield
+    finally:
+        del model.get_learned_conditioning
+        if own is not None:
+            model.get_learned_conditioning = own
+
+
+def check_texts(generation: Generation, speaks: Iterable[bool]) -> None:
+    """Raises `UnsupportedError` where others have brought texts of their own and one of the LoRAs changes the text
+    encoders (``speaks``)."""
+    if generation.encoders and any(speaks):
+        raise UnsupportedError(
+            f"LoRAtorio: {named(generation.encoders)} gives the model texts of its own, which it has had encoded with "
+            "all LoRAs at once; set the LoRAs' text encoder weight to 0 (te=0), or switch it off, or LoRAtorio"
+        )
+
+
 def interrupt() -> None:
     """Make the host stop sampling soon."""
     shared.state.interrupt()
+
+
+def stop_where_asked() -> None:
+    """End sampling here, as the host itself does only at the beginning of a step, where the user has pressed
+    **Interrupt** or **Skip**."""
+    if shared.state.interrupted or shared.state.skipped:
+        raise InterruptedException
+
+
+def unless_stopped(open_sampling: Callable[[Generation], Any]) -> Callable[[Generation], Any]:
+    """``open_sampling``, which may be stopped: then there is nothing to compose, and the host makes no model call."""
+
+    @wraps(open_sampling)
+    def opened(generation: Generation) -> Any:
+        try:
+            return open_sampling(generation)
+        except InterruptedException:
+            return None
+
+    return opened
 
 
 def sampled(p: Any) -> bool:
@@ -188,14 +254,23 @@ def forget_conditionings(p: Any) -> None:
 def claims_on(generation: Generation, loras: Sequence[Listed]) -> list[Claim]:
     """Where, when and how much each of the active LoRAs may act, in their order; what cannot be so is noted."""
     items = {params.positional[0]: tuple(params.items) for params in asked_loras(generation.p)}
-    tagged = [Tagged(lora, next((items[name] for name in lora.names if name in items), ())) for lora in loras]
-    claims = claims_of(generation.settings, tagged)
-    for unused in claims.unused:
-        generation.note(f"{unused} is no LoRA of this image")
-    note = not_heeded(generation.settings.method, claims.each)
-    if note is not None:
+    tagged = [
+        Tagged(
+            lora,
+            next((items[name] for name in lora.names if name in items), ()),
+            words=phrases(trigger_words(lora.file, lora.metadata)),
+        )
+        for lora in loras
+    ]
+    claims, unnamed = claims_of(generation.settings, tagged), generation.settings.unnamed
+    _, prompts, _ = prompts_of_pass(generation.p)
+    each = [heeding(claim, prompts, unnamed, not tag.items) for claim, tag in zip(claims.each, tagged)]
+    notes = [f"{unused} is no LoRA of this image" for unused in claims.unused]
+    notes += [not_heeded(generation.settings.method, each)]
+    notes += [left_out(lora.name, claim) for lora, claim in zip(loras, each)]
+    for note in filter(None, notes):
         generation.note(note)
-    return list(claims.each)
+    return each
 
 
 def plan_step(
@@ -212,6 +287,7 @@ def plan_step(
     return method.plan(denoiser.step, len(claims), members, placed)
 
 
-def claimed(plan: Plan, claims: Sequence[Claim], like: Tensor) -> dict[str, Tensor | None]:
-    """Where and how much the plan's members may act in latents of the size and on the device of ``like``."""
-    return places_and_shares([claims[index] for index in plan.members], like)
+def claimed(plan: Plan, claims: Sequence[Claim], like: Tensor, image_of_row: Sequence[int]) -> dict[str, Tensor | None]:
+    """Where and how much the plan's members may act in latents of the size and on the device of ``like``, in rows of
+    these images."""
+    return places_and_shares([claims[index] for index in plan.members], like, image_of_row)

@@ -148,6 +148,26 @@ def test_options_for_a_lora_that_is_not_there_are_said(contract):
     assert "loras.nobody" in composed.infotext
 
 
+@pytest.mark.parametrize("method", ["loratorio", "composite", "switch"])
+def test_whom_the_prompt_does_not_name_is_left_out_and_said(contract, method):
+    unnamed = f"{CAT} <lora:lora:1> <lora:locon:0.8:words=zorg robot>"
+    options = {"method": method, "unnamed": "drop"}
+    left_out = contract.composed(options, prompt=unnamed)
+    assert same(left_out, contract.composed({"method": method}, prompt=f"{CAT} <lora:lora:1>"))
+    assert "locon takes no part: the prompt has none of its trigger words (zorg robot)" in left_out.infotext
+    everyone = contract.composed({"method": method}, prompt=TWO)
+    for changed in ({"unnamed": "keep"}, {"unnamed": "drop_pooled"}):
+        assert same(everyone, contract.composed({**options, **changed}, prompt=unnamed))
+    in_prompt = f"{CAT} <lora:lora:1> <lora:locon:0.8:words=zorg robot, {CAT.split()[-1]}>"
+    assert same(everyone, contract.composed(options, prompt=in_prompt))
+
+
+def test_a_pool_from_which_words_choose(contract):
+    options = {"pool": ["unet_only:0.6"], "loras": {"unet_only": {"words": "zorg"}}}
+    assert same(contract.composed({**options, "unnamed": "drop_pooled"}, prompt=TWO), contract.composed(prompt=TWO))
+    assert not same(contract.composed(options, prompt=TWO), contract.composed(prompt=TWO))
+
+
 @pytest.mark.parametrize("method", ["switch", "merge"])
 def test_a_method_that_knows_no_place_says_so(contract, method):
     composed = contract.composed({"method": method}, prompt=f"{CAT} <lora:lora:1:at=left> <lora:locon:0.8>")

@@ -67,7 +67,7 @@ TAKES_PART += ["draws_at_random"]
 ELSEWHERE = ["changes_the_prediction", "changes_strengths_in_its_callback", "has_strengths_that_follow_the_steps"]
 ELSEWHERE += ["renames_networks", "runs_scripts_on_a_copy"]
 REFUSED = ["has_loras_of_its_own", "has_texts_of_its_own", "changes_the_text", "decides_where_loras_act", "alternates"]
-REFUSED += ["takes_parts_from_the_step_before", "gathers_what_it_sees"]
+REFUSED += ["takes_parts_from_the_step_before", "gathers_what_it_sees", "brings_texts_of_its_own"]
 
 HIRES = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7}
 REQUESTS = {
@@ -125,6 +125,14 @@ def test_what_cannot_be_right_is_refused_by_name(contract, kind):
     assert "a-neighbour" in caught.value.body
 
 
+def test_texts_of_others_are_right_where_no_lora_changes_the_text_encoder(contract):
+    prompt = "a cat on a hill <lora:lora:0:1>"
+    expected = beside(contract, "brings_texts_of_its_own", prompt=prompt)
+    composed = beside(contract, "brings_texts_of_its_own", EXACT, prompt=prompt)
+    assert largest(expected.images, composed.images) <= TOLERANCE
+    assert mean(composed.images, contract.plain(prompt=prompt).images) > 0.3
+
+
 @pytest.mark.parametrize(
     "payload", [{"host_options": {"batch_cond_uncond": False}}, {"prompt": REQUESTS["long prompt"]["prompt"]}]
 )
@@ -165,6 +173,19 @@ def test_after_an_error_every_script_cleans_up(contract, kind, step):
     with pytest.raises(RequestError) as caught:
         contract.generate({"prompt": TWO}, scripts)
     assert "sabotaged" in caught.value.body
+
+
+@pytest.mark.parametrize("button, steps_of_the_next", [("interrupt", 0), ("skip", 8)])
+@pytest.mark.parametrize("kind", ["marks_the_text", "draws_at_random"])
+def test_a_button_acts_within_one_model_call(contract, kind, button, steps_of_the_next):
+    """Not after the other LoRAs' calls of the step, nor after those that look who takes part."""
+    scripts = {"Company": {"args": [kind]}, "LoRAtorio": {"args": [{"enabled": True}]}}
+    scripts["LoRAtorio sabotage"] = {"args": [{"error": button, "image": 0, "step": 1, "call": 1}]}
+    generation = contract.generate({"prompt": TWO, "n_iter": 2}, scripts)
+    calls = generation.info["extra_generation_params"]["LoRAtorio sabotage"]["calls"]
+    assert [call["step"] for call in calls if call["image"] == 0].count(1) == 1
+    assert max(call["step"] for call in calls if call["image"] == 0) == 1
+    assert len({call["step"] for call in calls if call["image"] == 1}) == steps_of_the_next
 
 
 def test_a_request_can_be_sent_away_before_it_is_processed(contract):

@@ -470,10 +470,10 @@ def test_a_look_at_what_will_be_composed(webui):
     """Who is found and who is not, the cost, the preset, and what will be refused, before anything is made."""
     ui, settings = webui.module("loratorio_ext.ui"), webui.module("loratorio_ext.settings")
 
-    def look(prompt, preset="default", **options):
+    def look(prompt, preset="default", styles=None, **options):
         values = settings.Settings(**options)
         args = [getattr(values, option.name) for option in settings.OPTIONS]
-        found, sets, below = ui.look(prompt, preset, *args)
+        found, sets, below = ui.look(prompt, styles, preset, *args)
         return found["value"], sets, below
 
     preset, sets, below = look(f"{TWO} <lora:no&where:1>", patch_size=8)
@@ -483,7 +483,12 @@ def test_a_look_at_what_will_be_composed(webui):
     assert "2 LoRAs: a step takes about as long as 3 plain ones" in below
     assert look(TWO, "default", refresh=1)[0] == "balanced"
     assert "did you mean lora?" in look("", pool=["loraa"])[2]
-    assert ui.look("", "fast", True, "no method")[0]["value"] == "custom"
+    assert ui.look("", None, "fast", True, "no method")[0]["value"] == "custom"
+    shared, style = webui.module("modules.shared"), webui.module("modules.styles").PromptStyle
+    shared.prompt_styles.styles["mine"] = style("mine", "<lora:rank_1:0.5> {prompt} <lora:locon:0.3>")
+    below = look(TWO, styles=["mine"])[2]
+    assert "<b>rank_1</b> 0.5, from a style" in below and "<b>locon</b> 0.3</li>" in below and "3 LoRAs: " in below
+    assert "from a style" not in look(TWO, styles=[])[2]
     many = look("", pool=["*"])[2]
     assert many.count("from the pool") == min(len(CATALOGUE), ui.MOST_SHOWN)
 
@@ -498,6 +503,8 @@ def test_a_loras_picture_and_what_it_was_made_for(webui):
     finally:
         (folder / "lora.preview.png").unlink()
     assert ui.thumbnail(lora) == ""
+    covered = pool.Listed("top hat", "/top hat.safetensors", "top hat", metadata={"ssmd_cover_images": "[...]"})
+    assert 'src="./sd_extra_networks/cover-images?page=lora&amp;item=top%20hat"' in ui.thumbnail(covered)
     metadata = {"ss_base_model_version": "sdxl_base_v1-0"}
     seen = webui.module("loratorio_ext.preview").Seen("a", "1", pool.Listed("a", "/a", "a", metadata=metadata))
     assert ui.remarks(seen, "SD 1") == ['<b class="loratorio-bad">made for SDXL, not SD 1</b>']
@@ -507,7 +514,7 @@ def test_a_loras_picture_and_what_it_was_made_for(webui):
 def test_the_first_screen_is_short_and_everything_is_there(webui):
     ui, settings = webui.module("loratorio_ext.ui"), webui.module("loratorio_ext.settings")
     assert [option.name for option in settings.OPTIONS if option.group == ""] == ["enabled", "show_maps"]
-    components, _ = ui.build_ui("txt2img", prompt=object())
+    components, _ = ui.build_ui("txt2img", prompt=object(), styles=object())
     assert len(components) == len(settings.OPTIONS) and len({id(each) for each in components}) == len(components)
     assert all(len(option.hint) <= len(option.help) and option.hint.endswith((".", "!")) for option in settings.OPTIONS)
     assert {"preset", "sets", "found", "look", "advanced"}.isdisjoint(settings.OPTION), "two elements of one id"

@@ -14,6 +14,7 @@ from tests.live.webui import WebUI, host_python, prepare_data_dir
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 REFERENCE = HERE / "reference_extension"
+SABOTAGE = HERE / "sabotage_extension"
 
 
 def installed_host() -> Path:
@@ -39,7 +40,7 @@ def lay_out_data(host: Path, folder: Path, family: str, extensions: Iterable[Pat
 def tiny_webui(family: str, tmp_path_factory, neighbours: Iterable[Path] = (), **options) -> Iterator[WebUI]:
     """The installed WebUI with the extension, the tests' own scripts, other extensions, and a tiny checkpoint."""
     host = installed_host()
-    extensions = (ROOT, REFERENCE, *neighbours)
+    extensions = (ROOT, REFERENCE, SABOTAGE, *neighbours)
     data, checkpoint = lay_out_data(host, tmp_path_factory.mktemp(family), family, extensions)
     with WebUI(host, data, checkpoint, **options) as webui:
         yield webui

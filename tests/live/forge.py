@@ -18,6 +18,7 @@ from tests.live.webui import CPU_FLAGS, WebUI, prepare_data_dir
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 REFERENCE = HERE / "forge_reference_extension"
+SABOTAGE = HERE / "sabotage_extension"
 
 LORAS = (
     *("lora", "lora_no_alpha", "lora_peft", "lora_reshaped", "locon", "locon_mid", "dora", "loha", "loha_tucker"),
@@ -114,6 +115,6 @@ def small_webui(kind: type[Forge], tmp_path_factory, **options) -> Iterator[Forg
     host = os.environ.get(variable)
     if not host:
         pytest.skip(f"{variable} does not name an installed {kind.__name__}")
-    data, checkpoint = lay_out_small_data(tmp_path_factory.mktemp(kind.name.lower()), (ROOT, REFERENCE))
+    data, checkpoint = lay_out_small_data(tmp_path_factory.mktemp(kind.name.lower()), (ROOT, REFERENCE, SABOTAGE))
     with kind(Path(host), data, checkpoint, flags=(kind.lora_flag, str(data / "models" / "Lora")), **options) as webui:
         yield webui

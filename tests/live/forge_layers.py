@@ -1,4 +1,5 @@
-"""Side branches in Forge's own layers, without a server: a tiny Flux transformer, GGUF and 8-bit float weights.
+"""Side branches in Forge's own layers, without a server: a tiny Flux transformer, GGUF and 8-bit float weights, scaled
+ones, and layers whose LoRAs the host adds in passing.
 
 Run by the host's own Python in the host's folder; prints a JSON object of the largest difference between a row under
 its LoRA's side branches and the same row with the LoRA merged, as a part of what the LoRA changes at all, by case::
@@ -61,7 +62,7 @@ def isolation_of(model, stores):
     """Side branches for every store; a LoRA that does not fit is an error here."""
     loras = []
     for store in stores:
-        fitting, misfits = branches(model, store, FORGE.dense, FORGE.merge)
+        fitting, misfits = branches(model, store, FORGE.weight, FORGE.merge)
         assert not misfits, misfits
         loras.append(fitting)
     names = {name for each in loras for name in each}
@@ -105,17 +106,19 @@ def flux():
 
 
 def quantised(layer, weight):
-    """One Linear whose weight is kept in another form, under LoRA and under LoKr."""
+    """One Linear that keeps its weight in another form, under LoRA, LoKr and DoRA."""
     model = torch.nn.ModuleDict({"layer": layer})
     out, features = weight.shape
     lokr = ("lokr", (normal(2, 2), 0.1 * normal(out // 2, features // 2), *[None] * 7))
-    stores = [{"layer.weight": [lora(out, features, 4)]}, {"layer.weight": [[1.0, lokr, 1.0, None, None]]}]
+    dora = ("lora", (0.3 * normal(out, 4), 0.3 * normal(4, features), 2.0, None, 1 + torch.rand(out, 1)))
+    kinds = (lora(out, features, 4), [1.0, lokr, 1.0, None, None], [0.8, dora, 1.0, None, None])
+    stores = [{"layer.weight": [patch]} for patch in kinds]
     x = normal(3, features)
     isolation = isolation_of(model, stores)
     with torch.no_grad():
         base = layer(x)
-        with isolation.rows([0, 1]):
-            rows = layer(torch.cat([x, x])).chunk(2)
+        with isolation.rows([0, 1, 2]):
+            rows = layer(torch.cat([x, x, x])).chunk(3)
         truth = [x @ FORGE.merge(store["layer.weight"], weight.float(), "").T for store in stores]
     return max(difference(a, b, base) for a, b in zip(rows, truth))
 
@@ -141,14 +144,33 @@ def gguf():
     return quantised(layer, FORGE.dense(layer.weight))
 
 
-def float8():
+def float8_layer():
     with operations.using_forge_operations(device="cpu", dtype=torch.float8_e4m3fn, manual_cast_enabled=True):
         layer = torch.nn.Linear(64, 32, bias=False)
     layer.load_state_dict({"weight": 0.2 * normal(32, 64)})
+    return layer
+
+
+def float8():
+    layer = float8_layer()
     return quantised(layer, layer.weight)
 
+
+def scaled_float8():
+    layer = float8_layer()
+    layer.scale_weight = torch.nn.Parameter(torch.tensor(0.4))
+    return quantised(layer, layer.weight.float() * 0.4)
+
+
+def patched_in_passing():
+    layer, patches = float8_layer(), [lora(32, 64, 4), lora(32, 64, 2)]
+    layer.forge_online_loras = {"weight": patches}
+    return quantised(layer, FORGE.merge(patches, layer.weight.float(), ""))
+
+
+CASES = (flux, gguf, float8, scaled_float8, patched_in_passing)
 
 if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    print(json.dumps({case.__name__: case() for case in (flux, gguf, float8)}))
+    print(json.dumps({case.__name__: case() for case in CASES}))

@@ -3,6 +3,9 @@
 Run by the host's own Python in the host's folder, with the host's own classes::
 
     cd NEO; venv/bin/python EXTENSION/tests/live/neo_checkpoints.py flux --checkpoints FOLDER --loras FOLDER
+
+Of Flux also with the diffusion model in ``--storage`` of fewer bits: ``float8`` (scaled), or ``gguf``, which takes text
+encoders and VAE from files of their own beside it.
 """
 
 import argparse
@@ -15,7 +18,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(Path.cwd()), str(Path.cwd() / "modules_forge" / "packages")]
-FAMILIES = ("sdxl", "flux", "schnell", "zimage", "qwen", "chroma", "klein", "lumina", "anima", "ernie")
+FAMILIES = ("sdxl", "flux", "schnell", "zimage", "qwen", "chroma", "klein", "lumina", "anima", "ernie", "wan")
 
 SDXL = {  # what the host knows the family by, all levels equally wide
     "in_channels": 4,
@@ -48,7 +51,7 @@ def parts_of(family, models):
     """``{prefix in the checkpoint: a module of the host's}``; the diffusion model first, then text encoders, last the
     VAE."""
     from backend import loader
-    from backend.nn import anima, chroma, clip, ernie, flux, lumina, qwen, t5, unet, vae, wan_vae
+    from backend.nn import anima, chroma, clip, ernie, flux, lumina, qwen, t5, unet, vae, wan, wan_vae
     from backend.nn.llm import llama
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -64,6 +67,7 @@ def parts_of(family, models):
         "lumina": "neta-art/Neta-Lumina",
         "anima": "circlestone-labs/Anima",
         "ernie": "baidu/ERNIE-Image",
+        "wan": "Wan-AI/Wan2.1-T2V-14B",
     }[family]
 
     def clip_of(name):
@@ -76,7 +80,7 @@ def parts_of(family, models):
     def kl(kind=vae.IntegratedAutoencoderKL):
         return kind.from_config(kind.load_config(str(huggingface / repository / "vae")))
 
-    def wan():
+    def of_videos():
         return wan_vae.WanVAE.from_config(wan_vae.WanVAE.load_config(str(huggingface / repository / "vae")))
 
     dit, config = "model.diffusion_model.", models.get(family)
@@ -100,14 +104,15 @@ def parts_of(family, models):
     kinds = {
         "zimage": (lumina.NextDiT, "qwen3_4b.transformer.", llama.Qwen3_4B, kl),
         "lumina": (lumina.NextDiT, "gemma2_2b.transformer.", llama.Gemma2_2B, kl),
-        "qwen": (qwen.QwenImageTransformer2DModel, "qwen25_7b.", llama.Qwen25_7BVLI, wan),
+        "qwen": (qwen.QwenImageTransformer2DModel, "qwen25_7b.", llama.Qwen25_7BVLI, of_videos),
         "klein": (
             flux.IntegratedFluxTransformer2DModel,
             "qwen3_4b.transformer.",
             llama.Qwen3_4B,
             lambda: kl(vae.AutoencoderKLFlux2),
         ),
-        "anima": (anima.Anima, "qwen3_06b.transformer.", llama.Qwen3_06B, wan),
+        "wan": (wan.WanModel, "umt5xxl.", t5.IntegratedT5, of_videos),
+        "anima": (anima.Anima, "qwen3_06b.transformer.", llama.Qwen3_06B, of_videos),
         "ernie": (
             ernie.ErnieImageModel,
             "ministral3_3b.transformer.",
@@ -182,9 +187,56 @@ def lora(state, parts, generator, rank, layers, with_text):
     return found
 
 
+def in_scaled_float8(state, prefix):
+    """Large matrices of the diffusion model as 8-bit floats with a scale each, in the way of published files."""
+    found = {f"{prefix}scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}  # two: to be computed with as numbers
+    for name, tensor in state.items():
+        if name.startswith(f"{prefix}double_blocks.") and tensor.ndim == 2:
+            scale = tensor.float().abs().max() / 448
+            found[name] = (tensor.float() / scale).to(torch.float8_e4m3fn)
+            found[name.removesuffix("weight") + "scale_weight"] = scale
+        else:
+            found[name] = tensor
+    return found
+
+
+def write_gguf(path, state):
+    """A diffusion model with its matrices in blocks of 8-bit numbers."""
+    from gguf import GGMLQuantizationType, GGUFWriter
+    from gguf.quants import quantize
+
+    writer = GGUFWriter(path, "flux")
+    for name, tensor in state.items():
+        numbers = tensor.float().numpy()
+        if tensor.ndim == 2 and tensor.shape[1] % 32 == 0:
+            packed = quantize(numbers, GGMLQuantizationType.Q8_0)
+            writer.add_tensor(name, packed, raw_dtype=GGMLQuantizationType.Q8_0)
+        else:
+            writer.add_tensor(name, numbers)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_apart(folder, family, state, prefixes):
+    """Each part in a file of its own, the diffusion model as GGUF."""
+    from safetensors.torch import save_file
+
+    for prefix in prefixes:
+        part = {name.removeprefix(prefix): each for name, each in state.items() if name.startswith(prefix)}
+        if prefix == prefixes[0]:
+            write_gguf(folder / f"small-{family}.gguf", part)
+        else:
+            part = {name.removeprefix("transformer."): each for name, each in part.items()}
+            save_file(part, folder / f"{prefix.strip('.').rpartition('.')[2]}.safetensors")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("family", choices=FAMILIES)
+    small = small_families()
+    parser.add_argument("family", choices=(*FAMILIES, *small.MADE_LIKE))
+    parser.add_argument("--storage", choices=("half", "float8", "gguf"), default="half")
     parser.add_argument("--checkpoints", type=Path, required=True)
     parser.add_argument("--loras", type=Path, required=True)
     arguments = parser.parse_args()
@@ -195,15 +247,19 @@ def main():
     from backend import operations
     from safetensors.torch import save_file
 
-    small = small_families()
-    small.shrink(arguments.family)
+    family = small.MADE_LIKE.get(arguments.family, arguments.family)
+    small.shrink(family)
     generator = torch.Generator().manual_seed(0)
     with operations.using_forge_operations(device="cpu", dtype=torch.float32):
-        parts = parts_of(arguments.family, small.MODELS)
+        parts = parts_of(family, small.MODELS)
     state = {}
     for prefix, module in parts.items():
         state |= random_weights(prefix, module, generator)
-    save_file(as_published(arguments.family, state), arguments.checkpoints / f"small-{arguments.family}.safetensors")
+    if arguments.storage == "gguf":
+        write_apart(arguments.checkpoints, arguments.family, state, list(parts))
+    else:
+        kept = in_scaled_float8(state, next(iter(parts))) if arguments.storage == "float8" else state
+        save_file(as_published(family, kept), arguments.checkpoints / f"small-{arguments.family}.safetensors")
     for name, rank, layers, with_text in (("a", 4, 1, True), ("b", 8, 2, False), ("c", 2, 3, True)):
         save_file(lora(state, parts, generator, rank, layers, with_text), arguments.loras / f"{name}.safetensors")
 

@@ -1,28 +1,37 @@
-"""The panel in a browser, on the real WebUI: look, tick, generate, see who painted what, read the infotext back.
+"""The panel in a browser, on real WebUIs: look, tick, generate, see who painted what, read the infotext back.
 
 Needs playwright from PyPI and a Chromium (LORATORIO_CHROMIUM, or /usr/bin/chromium); LORATORIO_AXE names the file
 axe.min.js of axe-core. Screenshots go to LORATORIO_SCREENSHOTS, if that is set.
 """
 
+import base64
 import os
 import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from tests.contract.rows import largest, mean
 from tests.live.conftest import tiny_webui
+from tests.live.forge import Neo, small_webui
+from tests.live.webui import STYLE, decode_image
 
 pytestmark = pytest.mark.live
 playwright = pytest.importorskip("playwright.sync_api")
 
+HOSTS = {
+    "a1111": lambda folders: tiny_webui("sd1", folders, ui=True),
+    "neo": lambda folders: small_webui(Neo, folders, ui=True),
+}
 PROMPT = "a cat on a hill <lora:lora:0.9> <lora:locon:0.8>"
 QUIET = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
 TABS = ("txt2img", "img2img")
 
 
-@pytest.fixture(scope="module")
-def webui(tmp_path_factory):
-    with tiny_webui("sd1", tmp_path_factory, ui=True) as real:
+@pytest.fixture(scope="module", params=HOSTS)
+def webui(request, tmp_path_factory):
+    with HOSTS[request.param](tmp_path_factory) as real:
         yield real
 
 
@@ -44,7 +53,7 @@ def page(webui, browser, request):
     page.errors = errors = []
     page.on("pageerror", lambda error: errors.append(f"{error}\n{error.stack}"))
     page.goto(webui.url, wait_until="domcontentloaded")
-    page.wait_for_selector("#loratorio_txt2img-visible-checkbox")
+    page.wait_for_selector("#loratorio_txt2img-visible-checkbox", state="attached", timeout=120_000)
     yield page
     folder = os.environ.get("LORATORIO_SCREENSHOTS")
     if folder:
@@ -56,35 +65,73 @@ def page(webui, browser, request):
 
 def opened(page, tab="txt2img", prompt=PROMPT):
     if tab == "img2img":
-        page.get_by_role("button", name="img2img", exact=True).first.click()
+        page.get_by_role("tab", name="img2img").or_(
+            page.get_by_role("button", name="img2img", exact=True)
+        ).first.click()
     page.fill(f"#{tab}_prompt textarea", prompt)
     page.click(f"#loratorio_{tab} > .label-wrap")
-    playwright.expect(page.locator(f"#loratorio_{tab}_found").first).to_contain_text("a step takes")
+    playwright.expect(says(page, tab)).to_contain_text("a step takes")
 
 
-def choose(page, preset):
-    page.click("#loratorio_txt2img_preset input")
-    page.locator("#loratorio_txt2img_preset li, ul.options li").filter(has_text=preset).first.click()
+def says(page, tab="txt2img"):
+    """The part of the panel that says what will be composed."""
+    return page.locator(f"#loratorio_{tab}_found").first
+
+
+def choose(page, menu, entry):
+    page.click(f"#{menu} input")
+    page.locator(f"#{menu} li, ul.options li").filter(has_text=entry).first.click()
 
 
 def preset(page):
     return playwright.expect(page.locator("#loratorio_txt2img_preset input"))
 
 
+def generated(page, count):
+    """The addresses of so many images in the gallery, small and quickly made, and the first one's infotext."""
+    for name, value in (("width", "64"), ("height", "64"), ("steps", "4")):
+        page.fill(f"#txt2img_{name} input[type=number]", value)
+        page.keyboard.press("Tab")
+    page.wait_for_timeout(3000)
+    page.errors.clear()  # the host's own, for every change of width or height, with our panel closed, too
+    page.click("#txt2img_generate")
+    thumbnails = page.locator("#txt2img_gallery .thumbnails button img")
+    playwright.expect(thumbnails).to_have_count(count, timeout=120_000)
+    addresses = [thumbnail.get_attribute("src") for thumbnail in thumbnails.all()]
+    return addresses, page.locator("#html_info_txt2img").first.inner_text()
+
+
 @pytest.mark.parametrize("tab", TABS)
 def test_loras_and_cost_are_said_while_the_prompt_is_typed(page, tab):
     opened(page, tab)
-    says = playwright.expect(page.locator(f"#loratorio_{tab}_found").first)
-    says.to_contain_text("2 LoRAs: a step takes about as long as 3 plain ones")
+    expected = playwright.expect(says(page, tab))
+    expected.to_contain_text("2 LoRAs: a step takes about as long as 3 plain ones")
     page.fill(f"#{tab}_prompt textarea", f"{PROMPT} <lora:nowhere:1>")
-    says.to_contain_text("not found")
+    expected.to_contain_text("not found")
     page.fill(f"#{tab}_prompt textarea", f"{PROMPT} <lora:rank_1:1:at=up>")
-    says.to_contain_text("at in <lora:rank_1:1:at=up> must be")
+    expected.to_contain_text("at in <lora:rank_1:1:at=up> must be")
+
+
+def test_a_style_brings_its_loras(page):
+    page.fill("#txt2img_prompt textarea", "a cat on a hill")
+    page.click("#loratorio_txt2img > .label-wrap")
+    playwright.expect(page.locator("#loratorio_txt2img .loratorio-badge")).to_have_text(re.compile("no LoRA"))
+    choose(page, "txt2img_styles", STYLE[0])
+    playwright.expect(says(page)).to_contain_text("rank_1 0.7, from a style")
+    playwright.expect(page.locator("#loratorio_txt2img .loratorio-badge")).to_have_text("")
+
+
+def test_a_loras_picture_is_shown(webui, page):
+    Image.new("RGB", (16, 16), "red").save(webui.data / "models" / "Lora" / "lora.preview.png")
+    opened(page)
+    pictures = says(page).locator("img")
+    playwright.expect(pictures).to_have_count(1)
+    page.wait_for_function("image => image.naturalWidth === 16", arg=pictures.first.element_handle())
 
 
 def test_a_preset_fills_in_and_a_changed_value_makes_it_custom(page):
     opened(page)
-    choose(page, "fast")
+    choose(page, "loratorio_txt2img_preset", "fast")
     playwright.expect(page.locator("#loratorio_txt2img_sets").first).to_contain_text("LoRAs refreshed per step 1")
     page.click("#loratorio_txt2img_advanced > .label-wrap")
     number = page.locator("#loratorio_txt2img_refresh input[type=number]")
@@ -99,22 +146,29 @@ def test_a_preset_fills_in_and_a_changed_value_makes_it_custom(page):
 
 def test_generate_and_see_who_painted_what_and_read_it_back(page):
     opened(page)
-    for name, value in (("width", "64"), ("height", "64"), ("steps", "4")):
-        page.fill(f"#txt2img_{name} input[type=number]", value)
-        page.keyboard.press("Tab")
-    page.wait_for_timeout(3000)
-    page.errors.clear()  # the host's own, for every change of width or height, with our panel closed, too
     page.check("#loratorio_txt2img_show_maps input")
-    page.click("#txt2img_generate")
-    thumbnails = page.locator("#txt2img_gallery .thumbnails button img")
-    playwright.expect(thumbnails).to_have_count(4, timeout=120_000)
-    text = page.locator("#html_info_txt2img").first.inner_text()
+    _, text = generated(page, 4)
     assert "LoRAtorio version: " in text and "LoRAtorio show maps: True" in text
     page.uncheck("#loratorio_txt2img_show_maps input")
     page.fill("#txt2img_prompt textarea", text.partition("Time taken")[0])
     page.click("#paste")
     playwright.expect(page.locator("#loratorio_txt2img_show_maps input")).to_be_checked()
     playwright.expect(page.locator("#txt2img_prompt textarea")).to_have_value(PROMPT)
+
+
+def test_an_image_made_from_the_panel_is_the_apis(webui, page):
+    opened(page)
+    (address,), text = generated(page, 1)
+
+    def said(key: str) -> str:
+        return re.search(rf"\b{key}: ([^,\n]+)", text)[1]
+
+    request = {"prompt": PROMPT, "seed": int(said("Seed")), "cfg_scale": float(said("CFG scale")), "steps": 4}
+    request |= {"sampler_name": said("Sampler"), "scheduler": said("Schedule type")}
+    image = [decode_image(base64.b64encode(page.request.get(address).body()).decode())]
+    composed = webui.txt2img(**request, alwayson_scripts={"LoRAtorio": {"args": [{"enabled": True}]}})
+    assert largest(image, composed.images) == 0
+    assert mean(image, webui.txt2img(**request).images) > 1
 
 
 def test_everything_is_reached_by_keyboard(page):

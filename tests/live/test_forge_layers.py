@@ -12,9 +12,10 @@ from tests.live.webui import host_python
 
 pytestmark = pytest.mark.live
 
+NEOS_FORMATS = {"scaled_float8", "mxfp8", "nvfp4", "int8", "rotated_int8"}
 CASES = {
-    "FORGE": ("forge_layers.py", {"flux", "gguf", "float8"}),
-    "NEO": ("neo_layers.py", {"plain", "float8", "scaled_float8", "gguf"}),
+    "FORGE": ("forge_layers.py", {"flux", "gguf", "float8", "scaled_float8", "patched_in_passing"}),
+    "NEO": ("neo_layers.py", {"plain", "patched_in_passing", "float8", "gguf"} | NEOS_FORMATS),
 }
 
 

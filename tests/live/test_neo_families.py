@@ -1,6 +1,7 @@
 """Forge Neo's families of models through the running server, with random checkpoints in small sizes: the extension's
 images against brute force, and against the host's own where one LoRA is all there is to compose."""
 
+import json
 import os
 import subprocess
 from collections.abc import Iterator
@@ -12,13 +13,17 @@ import pytest
 
 from tests.contract.rows import TOLERANCE, Contract, largest, mean
 from tests.live.forge import REFERENCE, ROOT, Neo
-from tests.live.webui import WebUI, host_python, prepare_data_dir
+from tests.live.webui import RequestError, WebUI, host_python, prepare_data_dir
 
 pytestmark = pytest.mark.live
 
 HERE = Path(__file__).parent
 EXTENSION = HERE / "neo_family_extension"
-FAMILIES = ("sdxl", "flux", "schnell", "zimage", "qwen", "chroma", "klein", "lumina", "anima", "ernie")
+FAMILIES = ("sdxl", "rectified", "flux", "schnell", "zimage", "qwen", "chroma", "klein", "lumina", "anima", "ernie")
+FAMILIES += ("wan",)
+EDITING = ("kontext", "klein", "qwen-edit")
+READS_IMAGES = ("qwen-edit",)
+"""Of those, whose text encoder looks at the images, too."""
 UNSHARED = 0.5
 """Grey levels in the mean: so much at least a composition differs from the sum of weights."""
 
@@ -38,28 +43,48 @@ ROWS = {
 
 
 @contextmanager
-def family_webui(family: str, folder: Path) -> Iterator[WebUI]:
-    """An installed Neo with a checkpoint and LoRAs of this family."""
+def environment(variables: dict[str, str]) -> Iterator[None]:
+    """While entered, these variables are set in the environment, which servers inherit."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@contextmanager
+def family_webui(
+    family: str,
+    folder: Path,
+    *,
+    storage: str = "half",
+    options: dict | None = None,
+    kind: type[Neo] = Neo,
+    extensions: tuple[Path, ...] = (),
+) -> Iterator[WebUI]:
+    """An installed Neo with a checkpoint and LoRAs of this family; ``options`` are the host's, from the start on."""
     host = os.environ.get("LORATORIO_NEO_DIR")
     if not host:
         pytest.skip("LORATORIO_NEO_DIR does not name an installed Neo")
-    data = prepare_data_dir(folder, (ROOT, REFERENCE, EXTENSION))
+    data = prepare_data_dir(folder, (ROOT, REFERENCE, EXTENSION, *extensions))
     checkpoints, loras = data / "models" / "Stable-diffusion", data / "models" / "Lora"
-    command = [host_python(Path(host), "NEO"), HERE / "neo_checkpoints.py", family]
+    command = [host_python(Path(host), "NEO"), HERE / "neo_checkpoints.py", family, "--storage", storage]
     command += ["--checkpoints", checkpoints, "--loras", loras]
     subprocess.run(command, check=True, cwd=host, env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
-    before = os.environ.get("LORATORIO_FAMILY")
-    os.environ["LORATORIO_FAMILY"] = family
-    try:
-        flags = (Neo.lora_flag, str(loras))
-        with Neo(Path(host), data, checkpoints / f"small-{family}.safetensors", flags=flags) as webui:
-            webui.lora_names = ("a", "b", "c")
-            yield webui
-    finally:
-        if before is None:
-            del os.environ["LORATORIO_FAMILY"]
-        else:
-            os.environ["LORATORIO_FAMILY"] = before
+    checkpoint, chosen = checkpoints / f"small-{family}.safetensors", dict(options or {})
+    if storage == "gguf":
+        checkpoint = checkpoint.with_suffix(".gguf")
+        chosen["forge_additional_modules"] = [str(checkpoints / f"{n}.safetensors") for n in ("clip_l", "t5xxl", "vae")]
+    config = data / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text(encoding="utf-8")) | chosen), encoding="utf-8")
+    with (
+        environment({"LORATORIO_FAMILY": family}),
+        kind(Path(host), data, checkpoint, flags=(Neo.lora_flag, str(loras))) as webui,
+    ):
+        webui.lora_names = ("a", "b", "c")
+        yield webui
 
 
 def payload(row: dict) -> dict:
@@ -74,6 +99,8 @@ def contract(request, tmp_path_factory) -> Iterator[Contract]:
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 def test_images_are_brute_forces(contract, row):
+    if contract.host == "wan" and "batch_size" in row:
+        pytest.skip("a batch is a video")
     composed = contract.composed(**payload(row))
     assert largest(composed.images, contract.brute_force(**payload(row)).images) <= TOLERANCE
     if row is not ROWS["one LoRA"]:
@@ -94,3 +121,44 @@ def test_the_host_comes_back_as_it_was(contract):
     contract.composed(**rows[1])
     for row, earlier in zip(rows, before):
         assert all(map(np.array_equal, earlier.images, contract.plain(**row).images))
+
+
+@pytest.fixture(scope="module", params=EDITING)
+def editing(request, tmp_path_factory) -> Iterator[Contract]:
+    with family_webui(request.param, tmp_path_factory.mktemp(request.param)) as webui:
+        yield Contract(webui, request.param)
+
+
+def test_an_edit_model_keeps_the_image_that_it_refers_to(editing):
+    """Beside LoRAs, too, for which the prompt is encoded once more; or such LoRAs are refused."""
+    image = editing.webui.txt2img(prompt="a red boat", seed=7, steps=1).images[0]
+    row = payload({"image": image, "denoising_strength": 1.0, "negative_prompt": "fog"})
+    other = row | {"image": 255 - image}
+    rows = [each | {"prompt": prompt} for each in (row, other) for prompt in (PLAIN, ONE, f"{PLAIN} <lora:a:0:0.8>")]
+    before = [editing.plain(**each) for each in rows]
+    assert mean(before[0].images, before[3].images) >= UNSHARED  # it is looked at
+    for each, expected in zip(rows, before):
+        if editing.host in READS_IMAGES and "<lora:a:0.8>" in each["prompt"]:
+            with pytest.raises(RequestError) as caught:
+                editing.composed({"base_share": 0.0}, **each)
+            assert caught.value.status == 422
+            assert "text encoder of this model reads the images" in caught.value.body
+            assert "te=0" in caught.value.body
+        elif "<lora" in each["prompt"]:
+            composed = editing.composed({"base_share": 0.0}, **each)
+            assert largest(composed.images, expected.images) <= TOLERANCE
+    for each, earlier in zip(rows, before):
+        assert np.array_equal(earlier.images[0], editing.plain(**each).images[0])
+
+
+def test_a_video_is_refused(contract):
+    if contract.host != "wan":
+        pytest.skip("no model of videos")
+    row = payload({"prompt": TWO})
+    before = contract.plain(**row), contract.plain(**row | {"batch_size": 5})
+    with pytest.raises(RequestError) as caught:
+        contract.composed(**row | {"batch_size": 5})
+    assert caught.value.status == 422
+    assert "videos are not supported (5 frames" in caught.value.body
+    for earlier, frames in zip(before, (1, 5)):
+        assert all(map(np.array_equal, earlier.images, contract.plain(**row | {"batch_size": frames}).images))

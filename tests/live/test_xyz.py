@@ -6,19 +6,28 @@ import pytest
 from loratorio_ext.settings import PRESETS
 from tests.contract.rows import TWO, largest
 from tests.live.conftest import tiny_webui
+from tests.live.forge import Forge, Neo, small_webui
 from tests.live.webui import RequestError
 
 pytestmark = pytest.mark.live
 
+HOSTS = {
+    "a1111": lambda folders: tiny_webui("sd1", folders),
+    "forge": lambda folders: small_webui(Forge, folders),
+    "neo": lambda folders: small_webui(Neo, folders),
+}
+STEPS = 2
 
-@pytest.fixture(scope="module")
-def webui(tmp_path_factory):
-    with tiny_webui("sd1", tmp_path_factory) as real:
+
+@pytest.fixture(scope="module", params=HOSTS)
+def webui(request, tmp_path_factory):
+    with HOSTS[request.param](tmp_path_factory) as real:
         yield real
 
 
-def arguments(webui, tab, axes: dict[str, str]) -> list:
-    """The script's values by its own description of them: up to three axes by label, each with its values."""
+def arguments(webui, tab, axes: dict[str, str | list[str]]) -> list:
+    """The script's values by its own description of them, which differs from host to host: up to three axes by label,
+    each with its values, as text, or as chosen from its menu."""
     (info,) = [
         info
         for info in webui.get("/sdapi/v1/script-info")
@@ -29,10 +38,10 @@ def arguments(webui, tab, axes: dict[str, str]) -> list:
     for name, (label, text) in zip("XYZ", axes.items()):
         place = labels.index(f"{name} type")
         values[place] = info["args"][place]["choices"].index(label)
-        values[place + 1] = text
+        values[place + (1 if isinstance(text, str) else 2)] = text
     for name in "XYZ"[len(axes) :]:
         values[labels.index(f"{name} type")] = 0
-    values[labels.index("Use text inputs instead of dropdowns")] = True
+    values[labels.index("Use text inputs instead of dropdowns")] = all(isinstance(text, str) for text in axes.values())
     values[labels.index("Draw legend")] = True
     values[labels.index("Include Sub Images")] = True
     return values
@@ -41,7 +50,7 @@ def arguments(webui, tab, axes: dict[str, str]) -> list:
 def plot(webui, axes, **payload):
     options = payload.pop("options", {"enabled": True})
     return webui.txt2img(
-        **{"prompt": TWO, **payload},
+        **{"prompt": TWO, "steps": STEPS, **payload},
         script_name="x/y/z plot",
         script_args=arguments(webui, False, axes),
         alwayson_scripts={"LoRAtorio": {"args": [options]}},
@@ -50,7 +59,7 @@ def plot(webui, axes, **payload):
 
 def composed(webui, **options):
     scripts = {"LoRAtorio": {"args": [{"enabled": True, **options}]}}
-    return webui.txt2img(prompt=TWO, alwayson_scripts=scripts).images[0]
+    return webui.txt2img(prompt=TWO, steps=STEPS, alwayson_scripts=scripts).images[0]
 
 
 def test_the_methods_side_by_side(webui):
@@ -63,10 +72,17 @@ def test_the_methods_side_by_side(webui):
     )
 
 
+def test_values_from_the_menus(webui):
+    grid = plot(webui, {"[LoRAtorio] Method": ["Switch", "LoRAtorio"], "[LoRAtorio] on/off": ["off", "on"]})
+    off = webui.txt2img(prompt=TWO, steps=STEPS).images[0]
+    cells = [off, off, composed(webui, method="switch"), composed(webui)]
+    assert largest(grid.images[-4:], cells) == 0
+
+
 def test_on_and_off_and_two_axes(webui):
     axes = {"[LoRAtorio] on/off": "off, on", "[LoRAtorio] Patch size": "1-5 (+4)"}
     grid = plot(webui, axes)
-    off = webui.txt2img(prompt=TWO).images[0]
+    off = webui.txt2img(prompt=TWO, steps=STEPS).images[0]
     cells = [off, composed(webui, patch_size=1), off, composed(webui, patch_size=5)]
     assert largest(grid.images[-4:], cells) == 0
 

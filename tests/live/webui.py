@@ -55,6 +55,9 @@ OPTIONS = {
     "grid_save": False,
 }
 
+STYLE = ("mine", "<lora:rank_1:0.7>")
+"""Name and prompt of the one style that a user of the data folder has."""
+
 PAYLOAD = {
     "prompt": "",
     "negative_prompt": "",
@@ -116,10 +119,12 @@ def decode_image(encoded: str) -> np.ndarray:
 
 
 def prepare_data_dir(folder: Path, extensions: Iterable[Path] = ()) -> Path:
-    """Lay out a data folder: ``models/Stable-diffusion``, ``models/Lora``, options, and ``extensions`` linked in."""
+    """Lay out a data folder: ``models/Stable-diffusion``, ``models/Lora``, options, a style, and ``extensions`` linked
+    in."""
     for name in ("models/Stable-diffusion", "models/Lora", "extensions"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(OPTIONS), encoding="utf-8")
+    (folder / "styles.csv").write_text("name,prompt,negative_prompt\n" + ",".join(STYLE) + ",\n", encoding="utf-8")
     for extension in extensions:
         link = folder / "extensions" / extension.name
         if not link.exists():

@@ -30,7 +30,8 @@ __all__ = ["Double", "Generation", "RequestError"]
 
 HOST = Path(__file__).parent / "host"
 ROOT = Path(__file__).parents[3]
-EXTENSIONS = (ROOT, ROOT / "tests" / "live" / "reference_extension")
+LIVE = ROOT / "tests" / "live"
+EXTENSIONS = (ROOT, LIVE / "reference_extension", LIVE / "sabotage_extension")
 
 
 @contextmanager

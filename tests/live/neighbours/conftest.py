@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.live.conftest import REFERENCE, ROOT, installed_host
+from tests.live.conftest import REFERENCE, ROOT, SABOTAGE, installed_host
 from tests.live.lora_files import CATALOGUE, Recipe, write_catalogue
 from tests.live.neighbours.company import Company, Difference
 from tests.live.neighbours.control_models import DETECTOR, write_control_models
@@ -85,7 +85,7 @@ def open_company(stock, tmp_path_factory):
         folder = tmp_path_factory.mktemp("company")
         (folder / "models").symlink_to(models, target_is_directory=True)
         here = [path for name, path in present().items() if name in names]
-        ours = [ROOT, REFERENCE] if with_us else []
+        ours = [ROOT, REFERENCE, SABOTAGE] if with_us else []
         data = prepare_data_dir(folder, [*ours, HERE / "kit_extension", *here])
         return Company(installed_host(), data, checkpoint, names)
 

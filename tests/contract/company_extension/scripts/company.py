@@ -8,7 +8,7 @@ import copy
 from contextlib import ExitStack, contextmanager
 
 import torch
-from modules import errors, extra_networks, processing, script_callbacks, scripts, shared
+from modules import errors, extra_networks, processing, prompt_parser, script_callbacks, scripts, shared
 
 MARK = 1024.0
 
@@ -234,6 +234,21 @@ def has_texts_of_its_own(p, stack):
     stack.enter_context(replaced(shared.sd_model, "apply_model", apply_model))
 
 
+encoded = []
+
+
+def brings_texts_of_its_own(p, stack):
+    """In cross attention: every row reads a text, too, that is encoded when sampling begins, see below."""
+
+    def forward(original, x, context=None, **kwargs):
+        own = encoded[-1].to(context).expand(len(x), -1, -1)
+        return 0.5 * (original(x, context=context, **kwargs) + original(x, context=own, **kwargs))
+
+    for name, module in unet().named_modules():
+        if name.endswith("attn2"):
+            stack.enter_context(replaced(module, "forward", forward))
+
+
 def changes_the_text(p, stack):
     def before_unet(params):
         params.text_cond = 0.8 * params.text_cond
@@ -313,6 +328,7 @@ KINDS = {
         takes_parts_from_the_step_before,
         has_loras_of_its_own,
         has_texts_of_its_own,
+        brings_texts_of_its_own,
         changes_the_text,
         changes_the_prediction,
         changes_strengths_in_its_callback,
@@ -362,6 +378,11 @@ class CompanyScript(scripts.Script):
                     if getattr(module, "up_model", None) is not None:
                         weight = module.up_model.weight
                         module.up_model.weight = torch.nn.Parameter(0.5 * weight, requires_grad=False)
+
+    def process_before_every_sampling(self, p, kind, **kwargs):
+        if kind == "brings_texts_of_its_own":
+            text = prompt_parser.SdConditioning(["a dog in the rain"], False, p.width, p.height)
+            encoded.append(shared.sd_model.get_learned_conditioning(text))
 
     def postprocess_batch(self, p, kind, **kwargs):
         if kind == "runs_scripts_on_a_copy":

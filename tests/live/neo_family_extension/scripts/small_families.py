@@ -55,6 +55,8 @@ MODELS = {
     | {"mlp_ratio": 3.0, "qkv_bias": False, "vec_in_dim": None, "context_in_dim": 3 * 64, "guidance_embed": False}
     | {"global_modulation": True, "mlp_silu_act": True, "ops_bias": False, "default_ref_method": "index"}
     | {"ref_index_scale": 10.0, "txt_ids_dims": [3]},
+    "wan": {"model_type": "t2v", "in_dim": 16, "out_dim": 16, "dim": 128, "num_heads": 1, "num_layers": 2}
+    | {"ffn_dim": 256, "text_dim": 64},
     "anima": {"in_channels": 16, "out_channels": 16, "patch_spatial": 2, "patch_temporal": 1, "model_channels": 256}
     | {"crossattn_emb_channels": 64, "adaln_lora_dim": 64, "num_blocks": 2, "num_heads": 2},
     "ernie": {"hidden_size": 256, "num_attention_heads": 2, "num_layers": 2, "ffn_hidden_size": 256}
@@ -68,10 +70,15 @@ DETECTED = {
     "qwen": {"image_model": "qwen_image"},
     "chroma": {"image_model": "chroma"},
     "klein": {"image_model": "flux2", "hidden_size": 3072},
+    "wan": {"image_model": "wan2.1", "model_type": "t2v"},
     "anima": {"image_model": "anima"},
     "ernie": {"image_model": "ernie"},
 }
 """What the host is told that it has found in a checkpoint whose own sizes it would not know."""
+
+
+MADE_LIKE = {"rectified": "sdxl", "kontext": "flux", "qwen-edit": "qwen"}
+"""What the host tells from another family by the checkpoint's name."""
 
 
 class Hidden(dict):
@@ -136,7 +143,7 @@ def small_model(family):
 def shrink(family):
     """Let the host take checkpoints of this family in the sizes of the tests."""
     small_encoders()
-    small_model(family)
+    small_model(MADE_LIKE.get(family, family))
 
 
 if os.environ.get("LORATORIO_FAMILY"):

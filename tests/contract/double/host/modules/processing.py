@@ -400,6 +400,7 @@ class Processed:
 
     def js(self) -> str:
         lists = ("all_prompts", "all_negative_prompts", "all_seeds", "all_subseeds", "infotexts")
+        lists += ("index_of_first_image",)
         return json.dumps(self.said | {name: getattr(self, name) for name in lists}, default=lambda value: None)
 
 

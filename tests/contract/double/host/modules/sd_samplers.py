@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from modules import shared
-from modules.sd_samplers_cfg_denoiser import CFGDenoiser, InterruptedException
+from modules.sd_samplers_cfg_denoiser import CFGDenoiser
+from modules.sd_samplers_common import InterruptedException
 
 
 def over_pixels(values: Tensor) -> Tensor:

@@ -7,10 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from modules import prompt_parser, script_callbacks, shared
-
-
-class InterruptedException(BaseException):
-    """Sampling ends here, with the latents reached so far."""
+from modules.sd_samplers_common import InterruptedException
 
 
 def catenate_conds(conds: Sequence) -> Any:

@@ -3,6 +3,8 @@
 from types import SimpleNamespace
 from typing import Any
 
+from modules.styles import StyleDatabase
+
 DEFAULTS = {
     "CLIP_stop_at_last_layers": 1,
     "batch_cond_uncond": True,
@@ -80,5 +82,6 @@ class State:
 
 cmd_opts = SimpleNamespace(lora_dir="")
 opts = Options()
+prompt_styles = StyleDatabase()
 state = State()
 sd_model: Any = None

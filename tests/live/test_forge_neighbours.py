@@ -1,0 +1,175 @@
+"""What comes with Forge, reForge and Forge Neo and takes part in a step, and Forge Couple where a folder holds it.
+
+Beside each, one LoRA (alone; and with a copy of itself) is the host's own image, or it is refused by name; and plain
+images are afterwards what they were.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.contract.rows import TOLERANCE, Contract, largest, mean
+from tests.live.forge import REFERENCE, ROOT, Forge, Neo, ReForge, lay_out_small_data
+from tests.live.neighbours.control_models import controlnet
+from tests.live.webui import RequestError, encode_image
+
+pytestmark = pytest.mark.live
+
+PLAIN = "a cat on a hill"
+ONE = f"{PLAIN} <lora:lora:1>"
+COPIED = f"{ONE} <lora:lora_copy:1>"
+TWO = f"{ONE} <lora:locon:0.8>"
+EXACT = {"base_share": 0.0}
+COUPLE = "forge-couple"
+
+EMBEDDED, TOKENS, CONTEXT, WIDTH = 96, 4, 768, 320
+"""What the tests' vision model makes of an image; tokens that an IP-Adapter makes of that; the model's sizes."""
+
+
+def ip_adapter() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    weights = {"proj.weight": 0.3 * normal(TOKENS * CONTEXT, EMBEDDED), "proj.bias": torch.zeros(TOKENS * CONTEXT)}
+    weights |= {"norm.weight": torch.ones(CONTEXT), "norm.bias": torch.zeros(CONTEXT)}
+    found = {f"image_proj.{name}": weight for name, weight in weights.items()}
+    for layer in range(16):
+        for part in ("k", "v"):
+            found[f"ip_adapter.{2 * layer + 1}.to_{part}_ip.weight"] = normal(WIDTH, CONTEXT) / CONTEXT**0.5
+    return found
+
+
+def control(**unit) -> dict:
+    unit = {"enabled": True, "module": "None", "model": "small_control", "pixel_perfect": False, **unit}
+    return {"ControlNet": {"args": [unit]}}
+
+
+def couple() -> dict:
+    arguments = [True, False, "Basic", "", "Horizontal", "None", 0.5, [], "off", False, False, False]
+    return {"Forge Couple": {"args": arguments}}
+
+
+COUPLED = {"prompt": "a cat on a hill {}\na red boat in the rain", "batch_size": 2}
+"""A line for each half."""
+LARGE = {"width": 192, "height": 192}
+
+ROWS = {
+    "ControlNet, balanced": (control(), {}),
+    "ControlNet, my prompt is more important": (control(control_mode="My prompt is more important"), {}),
+    "ControlNet is more important": (control(control_mode="ControlNet is more important"), {"batch_size": 2}),
+    "ControlNet in the middle of the steps": (control(guidance_start=0.3, guidance_end=0.7), {}),
+    "ControlNet, AND": (control(), {"prompt": f"{PLAIN} {{}} AND a red boat"}),
+    "ControlNet, hires": (control(), {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent"}),
+    "IP-Adapter": (control(module="CLIP-ViT-H (IPAdapter)", model="small_ip-adapter"), {}),
+    "Kohya HRFix": ({"Kohya HRFix Integrated": {"args": [True, 1, 2.0, 0.0, 0.6, True, "bicubic", "bicubic"]}}, {}),
+    "Dynamic thresholding": ({"DynamicThresholding (CFG-Fix) Integrated": {"args": [True, 3.0]}}, {}),
+    "StyleAlign": ({"StyleAlign Integrated": {"args": [True, 1.0]}}, {"batch_size": 2}),
+    "HyperTile": ({"HyperTile Integrated": {"args": [True, 64, 2, 0, False]}}, LARGE),
+    "MaHiRo": ({"MaHiRo": {"args": [True]}}, {}),
+    "Rescale CFG": ({"RescaleCFG": {"args": [0.7]}}, {}),
+    "Forge Couple": (couple(), {"prompt": COUPLED["prompt"].replace("{}", "{te=0}"), "batch_size": 2}),
+}
+"""Scripts' arguments by name, and payload by row. ``{}`` in a prompt is where the LoRAs are named."""
+
+REFUSED = {
+    "SAG": ({"SelfAttentionGuidance Integrated (SD 1.x, SD 2.x, SDXL)": {"args": [True]}}, {}, "sag"),
+    "PAG": ({"PerturbedAttentionGuidance Integrated": {"args": [True]}}, {}, "perturbed"),
+    "Forge Couple": (couple(), COUPLED, COUPLE),
+}
+"""The same, and who is named."""
+
+
+def lay_out(folder: Path) -> tuple[Path, Path]:
+    """A data folder with control models, a copy of a LoRA, and Forge Couple if there is one."""
+    extensions = [ROOT, REFERENCE]
+    neighbours = os.environ.get("LORATORIO_NEIGHBOURS_DIR")
+    if neighbours and (Path(neighbours) / COUPLE).is_dir():
+        extensions.append(Path(neighbours) / COUPLE)
+    data, checkpoint = lay_out_small_data(folder, tuple(extensions))
+    models, loras = data / "models" / "ControlNet", data / "models" / "Lora"
+    models.mkdir(exist_ok=True)
+    save_file(controlnet(checkpoint), models / "small_control.safetensors")
+    save_file(ip_adapter(), models / "small_ip-adapter.safetensors")
+    (loras / "lora_copy.safetensors").write_bytes((loras / "lora.safetensors").read_bytes())
+    return data, checkpoint
+
+
+@pytest.fixture(scope="module", params=[Neo, Forge, ReForge])
+def contract(request, tmp_path_factory) -> Iterator[Contract]:
+    kind, variable = request.param, f"LORATORIO_{request.param.name}_DIR"
+    if not os.environ.get(variable):
+        pytest.skip(f"{variable} does not name an installed {kind.__name__}")
+    data, checkpoint = lay_out(tmp_path_factory.mktemp(kind.name.lower()))
+    flags = (kind.lora_flag, str(data / "models" / "Lora"))
+    with kind(Path(os.environ[variable]), data, checkpoint, flags=flags) as webui:
+        webui.lora_names = (*webui.lora_names, "lora_copy")
+        yield Contract(webui, kind.name.lower())
+
+
+@pytest.fixture(scope="module")
+def picture(contract) -> np.ndarray:
+    return contract.webui.txt2img(prompt="a red boat", seed=7, steps=1).images[0]
+
+
+class Beside:
+    """Images made beside others. ``there``: the host's scripts by name, in lower case."""
+
+    def __init__(self, contract, picture, scripts, payload):
+        self.contract, self.payload = contract, {"steps": 3, "negative_prompt": "fog", **payload}
+        there = contract.webui.get("/sdapi/v1/scripts")["txt2img"]
+        missing = [name for name in scripts if name.lower() not in there]
+        if missing:
+            pytest.skip(f"{contract.host} has no {missing[0]}")
+        self.scripts = json.loads(json.dumps(scripts))
+        for unit in self.scripts.get("ControlNet", {"args": []})["args"]:
+            unit["image"] = encode_image(picture)
+
+    def __call__(self, tags: str, options: dict | None = None, alone: bool = False):
+        prompt = self.payload.get("prompt", f"{PLAIN} {{}}")
+        if "{te=0}" in prompt:
+            prompt, tags = prompt.replace("{te=0}", "{}"), tags.replace(":1>", ":0:1>").replace(":0.8>", ":0:0.8>")
+        ours = {} if options is None else {"LoRAtorio": {"args": [{"enabled": True, **options}]}}
+        scripts = ours if alone else {**self.scripts, **ours}
+        return self.contract.generate(self.payload | {"prompt": prompt.replace("{}", tags)}, scripts)
+
+
+ONE_TAG, COPIED_TAGS, TWO_TAGS = (each.removeprefix(f"{PLAIN} ") for each in (ONE, COPIED, TWO))
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_one_lora_is_the_hosts_own_image(contract, picture, row):
+    beside = Beside(contract, picture, *ROWS[row])
+    own, two = beside(ONE_TAG), beside(TWO_TAGS)
+    assert mean(own.images, beside(ONE_TAG, alone=True).images) > 0.05  # it does take part
+    assert largest(beside(ONE_TAG, EXACT).images, own.images) <= TOLERANCE
+    assert largest(beside(COPIED_TAGS, EXACT).images, own.images) <= TOLERANCE
+    assert mean(beside(TWO_TAGS, {}).images, two.images) > 0.3
+    for tags, earlier in ((ONE_TAG, own), (TWO_TAGS, two)):
+        assert all(map(np.array_equal, earlier.images, beside(tags).images))
+
+
+def test_a_controlnet_of_no_weight_is_none(contract, picture):
+    beside = Beside(contract, picture, control(weight=0.0), {})
+    assert largest(beside(TWO_TAGS, {}).images, beside(TWO_TAGS, {}, alone=True).images) <= TOLERANCE
+
+
+@pytest.mark.parametrize("row", REFUSED)
+def test_what_cannot_be_right_is_refused_by_name(contract, picture, row):
+    scripts, payload, name = REFUSED[row]
+    beside = Beside(contract, picture, scripts, payload)
+    before = beside(ONE_TAG), beside(ONE_TAG, alone=True)
+    assert mean(before[0].images, before[1].images) > 0.05
+    with pytest.raises(RequestError) as caught:
+        beside(ONE_TAG, EXACT)
+    assert caught.value.status == 422
+    assert name in caught.value.body
+    for earlier, alone in zip(before, (False, True)):
+        assert all(map(np.array_equal, earlier.images, beside(ONE_TAG, alone=alone).images))
