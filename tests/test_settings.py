@@ -483,6 +483,7 @@ class TestArgs:
         0.5,
         "sliding",
         0.75,
+        "drop",
     ]
 
     def test_the_examples_differ_from_the_defaults(self):
