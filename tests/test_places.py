@@ -109,12 +109,13 @@ class TestPlacesOfEachRow:
         place = torch.stack([data.draw(places(n)) for _ in rows], dim=1)
         predictions = replace(step(n, rows, seed), place=place, share=data.draw(st.one_of(st.none(), shares(n))))
         result = core.LoRAtorio(**chosen).combine(predictions)
+        side = 1 if chosen["patches"] == "sliding" else chosen["patch_size"]
         base_share, pixels = chosen["base_share"], []
         for row in range(len(rows)):
             cond, _, weights = expected(self.row_of(predictions, row), chosen)
             assert_close(result.weights[:, row : row + 1], weights, tolerance=1e-4)
             assert_close(result.cond[row : row + 1], cond, relative_to=max(1, np.abs(cond).max()), tolerance=1e-4)
-            pixels.append(oracle.UPSAMPLE[chosen["upsampling"]](weights, SIZE, chosen["patch_size"])[:, 0])
+            pixels.append(oracle.UPSAMPLE[chosen["upsampling"]](weights, SIZE, side)[:, 0])
         for image in range(len(predictions.host_uncond)):
             mean = np.mean([pixels[row] for row in range(len(rows)) if rows[row] == image], axis=0)[:, None]
             own, base = (exact(each[..., image, :, :, :]) for each in (predictions.uncond, predictions.host_uncond))
