@@ -78,7 +78,7 @@ from loratorio_ext.isolation import (
 )
 from loratorio_ext.pool import Listed
 from loratorio_ext.samplers import parse_sampler
-from loratorio_ext.settings import Settings
+from loratorio_ext.settings import OPTION, Settings
 
 __all__ = [
     "Composition",
@@ -314,7 +314,7 @@ class Composition(ModelHook):
 
     def heed(self, given: Mapping[str, Any]) -> None:
         """Let the prompts that the pipeline is ``given`` say whom they name; warns of those they leave out."""
-        if self.settings.unnamed == "keep":
+        if not self.settings.matters(OPTION["unnamed"]):
             return
         prompts = given.get("prompt")
         if prompts is None:
