@@ -1,0 +1,102 @@
+"""Measures by the classifier how well the base model and each LoRA alone follow their prompts; draws a contact sheet.
+
+python check.py [--base 96] [--lora 16]
+"""
+
+import argparse
+import dataclasses
+
+import numpy as np
+import torch
+from PIL import Image
+
+import load
+import model
+import render
+from classifier import Classifier
+
+SEED = 5
+STEPS, GUIDANCE, BATCH = 20, 4.0, 16
+SHEET = model.WEIGHTS.parent / "sheet.png"
+
+
+def paint(pipe, scenes: list[render.Scene], seed: int) -> list[Image.Image]:
+    """A picture for each scene's caption."""
+    noise = torch.Generator().manual_seed(seed)
+    captions = [render.caption(s) for s in scenes]
+    size = {"height": render.SIZE, "width": render.SIZE}
+    out = []
+    for i in range(0, len(captions), BATCH):
+        chunk = captions[i : i + BATCH]
+        out += pipe(chunk, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=noise, **size).images
+    return out
+
+
+def shows(judge: Classifier, images, concept: str) -> list[bool]:
+    """Whether each picture shows the concept anywhere."""
+    seen = judge.read(images)
+    heads = {"clothing": [f"{p} wears" for p in render.PLACES], "background": ["background"], "style": ["style"]}
+    asked = heads.get(render.CONCEPTS[concept].category, render.PLACES)
+    return [any(seen[head][i] == concept for head in asked) for i in range(len(images))]
+
+
+def elsewhere(concept: str, rng: np.random.Generator) -> render.Scene:
+    """A scene outside a LoRA's narrow domain: the concept on the left, a base thing on the right, a base background.
+
+    For the background: two base things in it, in a base style. For the style: two base things.
+    """
+    scene = render.base_scene(rng)
+    while not (scene.at("left") and scene.at("right")):
+        scene = render.base_scene(rng)
+    category, things = render.CONCEPTS[concept].category, {thing.place: thing for thing in scene.things}
+    if category in ("character", "object"):
+        things["left"] = render.Thing(concept, "left")
+    elif category == "clothing":
+        things["left"] = dataclasses.replace(things["left"], wears="crown")
+    background = concept if category == "background" else scene.background
+    style = concept if category == "style" else scene.style
+    return render.Scene(background, tuple(things.values()), scene.sky, style)
+
+
+def main() -> None:
+    """Prints the figures; writes the sheet."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--base", type=int, default=96, help="pictures of the base model")
+    parser.add_argument("--lora", type=int, default=16, help="pictures a row of each LoRA")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rng, judge, pipe = np.random.default_rng(SEED), Classifier.load(), load.pipeline()
+    scenes = [render.base_scene(rng) for _ in range(args.base)]
+    images = paint(pipe, scenes, SEED)
+    right = {}
+    for scene, image in zip(scenes, images, strict=True):
+        for head, (ok,) in judge.follows([image], scene).items():
+            right.setdefault(head, []).append(ok)
+    for head, oks in right.items():
+        print(f"base, {head}: {np.mean(oks):.2f} of {len(oks)}")
+    kinds = [ok for head in (*render.PLACES, "background") for ok in right.get(head, [])]
+    everything = [ok for oks in right.values() for ok in oks]
+    print(f"base, clean: {np.mean(judge.clean(images)):.3f}")
+    print(f"base, kinds at their places and backgrounds: {np.mean(kinds):.3f}; all: {np.mean(everything):.3f}")
+    rows = [images[:8], images[8:16]]
+    for concept in render.CONCEPTS:
+        for kind in ("quiet", "leaky"):
+            pipe.load_lora_weights(model.WEIGHTS / "lora", weight_name=f"{concept}_{kind}.safetensors")
+            home = [render.concept_scene(concept, rng) for _ in range(args.lora)]
+            away = [elsewhere(concept, rng) for _ in range(args.lora)]
+            pictures = [paint(pipe, s, SEED) for s in (home, away, scenes[: args.lora])]
+            named, out, leak = (np.mean(shows(judge, p, concept)) for p in pictures)
+            clean = np.mean(judge.clean(pictures[0] + pictures[1]))
+            found = f"at home {named:.2f}, elsewhere {out:.2f}, unnamed {leak:.2f}, clean {clean:.2f}"
+            print(f"{concept}, {kind}: {found}", flush=True)
+            rows.append(pictures[0][:3] + pictures[1][:3] + pictures[2][:2])
+            pipe.unload_lora_weights()
+    sheet = Image.new("RGB", (8 * render.SIZE, len(rows) * render.SIZE))
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            sheet.paste(image, (x * render.SIZE, y * render.SIZE))
+    sheet.resize((sheet.width // 2, sheet.height // 2)).quantize(128).save(SHEET, optimize=True)
+
+
+if __name__ == "__main__":
+    main()
