@@ -3,7 +3,6 @@
 No host is needed. Nothing is guessed: of a file that neither says nor shows it, nothing is known.
 """
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -11,8 +10,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-LARGEST_HEADER = 50_000_000
-"""Bytes; a file that claims more is taken for damaged."""
+from loratorio_ext.errors import FileError
+from loratorio_ext.headers import read_header
 
 
 @dataclass(frozen=True)
@@ -83,11 +82,11 @@ def said_by(metadata: Mapping[str, Any]) -> Made | None:
     return None
 
 
-def shown_by(header: Mapping[str, Any]) -> Made | None:
-    """What a file's layers show: ``header`` has their names, each with a ``shape``."""
-    for name, tensor in header.items():
+def shown_by(shapes: Mapping[str, tuple[int, ...]]) -> Made | None:
+    """What a file's layers show, by their names and shapes."""
+    for name, shape in shapes.items():
         if CROSS_ATTENTION.search(name):
-            return TEXT_WIDTHS.get(tensor["shape"][1])
+            return TEXT_WIDTHS.get(shape[1])
         for pattern, made in LAYERS.items():
             if pattern.search(name):
                 return made
@@ -98,12 +97,8 @@ def shown_by(header: Mapping[str, Any]) -> Made | None:
 def shown_by_file(file: str, changed: float) -> Made | None:
     """As `shown_by`, of a safetensors file; None of any other, and of a damaged one."""
     try:
-        with open(file, "rb") as opened:
-            size = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(size)) if size <= LARGEST_HEADER else {}
-        header.pop("__metadata__", None)
-        return shown_by(header)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError):
+        return shown_by(read_header(file).shapes)
+    except (FileError, IndexError):
         return None
 
 

@@ -13,13 +13,12 @@ pytest.importorskip("peft")
 from safetensors.torch import load_file, save_file
 
 from loratorio_ext.errors import FileFormatError, LoRAtorioError, MissingFileError, SettingsError, UnsupportedError
+from loratorio_ext.headers import existing, read_header
 from loratorio_ext.hosts.diffusers import check_fit, composed, load_lora, load_pipeline
 from loratorio_ext.hosts.diffusers_files import (
     ADAPTER_CONFIG_KEY,
     check_checkpoint,
     check_lora,
-    existing,
-    read_header,
     same_file,
 )
 from loratorio_ext.standalone import tinyworld

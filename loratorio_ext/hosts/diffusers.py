@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from loratorio_ext.claims import Claim, Claims, Tagged, claims_of, heeding, left_out, not_heeded, places_and_shares
 from loratorio_ext.core import DIVERGENCE, Method, Plan, Predictions, method_from
 from loratorio_ext.errors import FileFormatError, SettingsError, UnsupportedError
+from loratorio_ext.headers import existing, read_header
 from loratorio_ext.hosts.denoisers import (
     ROWS_APART,
     Call,
@@ -57,8 +58,6 @@ from loratorio_ext.hosts.denoisers import (
 from loratorio_ext.hosts.diffusers_files import (
     check_checkpoint,
     check_folder,
-    existing,
-    read_header,
 )
 from loratorio_ext.hosts.diffusers_loras import (
     LoRA,

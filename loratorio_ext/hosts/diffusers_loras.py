@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from loratorio_ext.errors import UnsupportedError
-from loratorio_ext.hosts.diffusers_files import adapter_config, check_lora, read_header
+from loratorio_ext.headers import read_header
+from loratorio_ext.hosts.diffusers_files import adapter_config, check_lora
 from loratorio_ext.hosts.lycoris import branch_of, by_layer, is_lycoris
 from loratorio_ext.isolation import Branch, Delta, LowRank, is_finite, is_inert
 from loratorio_ext.multipliers import check_multiplier

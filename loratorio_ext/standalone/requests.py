@@ -15,12 +15,11 @@ from loratorio_ext.errors import (
     nearest_name,
     shown,
 )
+from loratorio_ext.headers import existing, read_header
 from loratorio_ext.hosts.diffusers_files import (
     check_checkpoint,
     check_folder,
     check_lora,
-    existing,
-    read_header,
     same_file,
 )
 from loratorio_ext.infotext import LoraToken, parse_items
