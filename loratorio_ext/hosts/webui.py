@@ -96,10 +96,14 @@ def leave_out(generation: Generation, name: str, why: str) -> None:
     generation.note(f"{name} is left out of the pool: {why}")
 
 
+def asked_networks(p: Any) -> dict[str, list[Any]]:
+    """The tags of the prompt that the pass at hand uses, by their kinds, as the host has parsed them."""
+    return p.hr_extra_network_data if getattr(p, "is_hr_pass", False) else p.extra_network_data
+
+
 def asked_loras(p: Any) -> list[Any]:
-    """The ``<lora:...>`` tags of the prompt that the pass at hand uses, as the host has parsed them."""
-    asked = p.hr_extra_network_data if getattr(p, "is_hr_pass", False) else p.extra_network_data
-    return [params for params in asked.get("lora", []) if params.positional]
+    """The ``<lora:...>`` tags among them."""
+    return [params for params in asked_networks(p).get("lora", []) if params.positional]
 
 
 def tell_of_loras(generation: Generation, loaded: Sequence[str], repeated: str) -> None:
@@ -143,9 +147,7 @@ def prompts_of_pass(p: Any) -> tuple:
 def tags_of_pass(p: Any) -> tuple:
     """The prompts' tags of the pass at hand, as they stand there: with the prompts, what the host keeps conditionings
     by."""
-    second_pass = getattr(p, "is_hr_pass", False)
-    data = p.hr_extra_network_data if second_pass else p.extra_network_data
-    return tuple((kind, tuple(tuple(params.items) for params in tags)) for kind, tags in data.items())
+    return tuple((kind, tuple(tuple(params.items) for params in tags)) for kind, tags in asked_networks(p).items())
 
 
 def encode(p: Any) -> tuple[Any, Any]:
