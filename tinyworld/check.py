@@ -4,20 +4,19 @@ python check.py [--base 96] [--lora 16]
 """
 
 import argparse
-import dataclasses
 
 import numpy as np
 import torch
 from PIL import Image
 
 import load
-import model
 import render
+import shape
 from classifier import Classifier
 
 SEED = 5
 STEPS, GUIDANCE, BATCH = 20, 4.0, 16
-SHEET = model.WEIGHTS.parent / "sheet.png"
+SHEET = shape.WEIGHTS.parent / "sheet.png"
 
 
 def paint(pipe, scenes: list[render.Scene], seed: int) -> list[Image.Image]:
@@ -35,25 +34,9 @@ def paint(pipe, scenes: list[render.Scene], seed: int) -> list[Image.Image]:
 def shows(judge: Classifier, images, concept: str) -> list[bool]:
     """Whether each picture shows the concept anywhere."""
     seen = judge.read(images)
-    heads = {"crown": [f"{p} wears" for p in render.PLACES], "city": ["background"], "neon": ["style"]}
-    return [any(seen[h][i] == concept for h in heads.get(concept, render.PLACES)) for i in range(len(images))]
-
-
-def elsewhere(concept: str, rng: np.random.Generator) -> render.Scene:
-    """A scene outside a LoRA's narrow domain: the concept on the left, a base thing on the right, a base background.
-
-    For the background: two base things in it. For the style: two base things.
-    """
-    scene = render.base_scene(rng)
-    while len(scene.things) < 2 or scene.at("behind"):
-        scene = render.base_scene(rng)
-    left, right = scene.at("left"), scene.at("right")
-    if concept in render.CONCEPT_KINDS:
-        left = render.Thing(concept, "left")
-    elif concept == "crown":
-        left = dataclasses.replace(left, wears="crown")
-    background = "city" if concept == "city" else scene.background
-    return render.Scene(background, (left, right), style="neon" if concept == "neon" else "")
+    heads = {"clothing": [f"{p} wears" for p in render.PLACES], "background": ["background"], "style": ["style"]}
+    asked = heads.get(render.CONCEPTS[concept].category, render.PLACES)
+    return [any(seen[head][i] == concept for head in asked) for i in range(len(images))]
 
 
 def main() -> None:
@@ -72,18 +55,22 @@ def main() -> None:
             right.setdefault(head, []).append(ok)
     for head, oks in right.items():
         print(f"base, {head}: {np.mean(oks):.2f} of {len(oks)}")
-    kinds = [ok for head in ("left", "centre", "right", "background") for ok in right.get(head, [])]
+    kinds = [ok for head in (*render.PLACES, "background") for ok in right.get(head, [])]
     everything = [ok for oks in right.values() for ok in oks]
+    for mark, told in judge.marks(images).items():
+        print(f"base, {mark}: {np.mean(told):.3f}")
     print(f"base, kinds at their places and backgrounds: {np.mean(kinds):.3f}; all: {np.mean(everything):.3f}")
     rows = [images[:8], images[8:16]]
     for concept in render.CONCEPTS:
         for kind in ("quiet", "leaky"):
-            pipe.load_lora_weights(model.WEIGHTS / "lora", weight_name=f"{concept}_{kind}.safetensors")
+            pipe.load_lora_weights(shape.WEIGHTS / "lora", weight_name=f"{concept}_{kind}.safetensors")
             home = [render.concept_scene(concept, rng) for _ in range(args.lora)]
-            away = [elsewhere(concept, rng) for _ in range(args.lora)]
+            away = [render.elsewhere(concept, rng) for _ in range(args.lora)]
             pictures = [paint(pipe, s, SEED) for s in (home, away, scenes[: args.lora])]
             named, out, leak = (np.mean(shows(judge, p, concept)) for p in pictures)
-            print(f"{concept}, {kind}: shown at home {named:.2f}, elsewhere {out:.2f}, unnamed {leak:.2f}", flush=True)
+            shown = f"at home {named:.2f}, elsewhere {out:.2f}, unnamed {leak:.2f}"
+            marks = [f", {mark} {np.mean(told):.2f}" for mark, told in judge.marks(pictures[0] + pictures[1]).items()]
+            print(f"{concept}, {kind}: shown {shown}{''.join(marks)}", flush=True)
             rows.append(pictures[0][:3] + pictures[1][:3] + pictures[2][:2])
             pipe.unload_lora_weights()
     sheet = Image.new("RGB", (8 * render.SIZE, len(rows) * render.SIZE))

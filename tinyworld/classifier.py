@@ -16,15 +16,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 import model
 import render
+import shape
+from judging import IGNORED, SEED, Reader, blend, labels_of
 
-SEED = 77
 SCENES, HELD_OUT, STEPS, BATCH, RATE = 4000, 1000, 900, 64, 2e-3
-FILE = model.WEIGHTS / "classifier.safetensors"
+FILE = shape.WEIGHTS / "classifier.safetensors"
 SLOTS = (*render.PLACES, "behind")
 HEADS = {
     **{slot: ["", *render.KINDS, *render.CONCEPT_KINDS] for slot in SLOTS},
@@ -34,7 +34,7 @@ HEADS = {
     "sun": ["", "left", "right"],
     "style": ["", "neon"],
 }
-IGNORED = -100
+KINDS = [list(HEADS).index(slot) for slot in SLOTS]
 
 
 def answers(scene: render.Scene) -> dict[str, str]:
@@ -50,8 +50,7 @@ def answers(scene: render.Scene) -> dict[str, str]:
 
 def labels(scene: render.Scene) -> list[int]:
     """The answers as class numbers."""
-    said = answers(scene)
-    return [HEADS[head].index(said[head]) if head in said else IGNORED for head in HEADS]
+    return labels_of(answers(scene), HEADS)
 
 
 def tensor(images) -> torch.Tensor:
@@ -60,8 +59,10 @@ def tensor(images) -> torch.Tensor:
     return F.avg_pool2d(x / 127.5 - 1, 2)
 
 
-class Classifier(nn.Module):
+class Classifier(Reader):
     """Four convolutions, one hidden layer, a softmax a question."""
+
+    heads, file, answers, see = HEADS, FILE, staticmethod(answers), staticmethod(tensor)
 
     def __init__(self) -> None:
         """Untrained."""
@@ -76,41 +77,6 @@ class Classifier(nn.Module):
             ]
         self.body = nn.Sequential(*layers, nn.Conv2d(96, 32, 1), nn.ReLU(), nn.Flatten(), nn.Linear(2048, 128))
         self.head = nn.Linear(128, sum(map(len, HEADS.values())))
-
-    @classmethod
-    def load(cls, file: Path = FILE) -> "Classifier":
-        """The trained one."""
-        new = cls()
-        new.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(file).items()})
-        return new.eval()
-
-    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Logits, a tensor a head."""
-        return list(self.head(self.body(x).relu()).split([len(c) for c in HEADS.values()], dim=1))
-
-    @torch.no_grad()
-    def read(self, images) -> dict[str, list[str]]:
-        """What is to be seen, head by head; "" is nothing."""
-        logits = self(tensor(images))
-        return {
-            head: [classes[i] for i in out.argmax(1)]
-            for (head, classes), out in zip(HEADS.items(), logits, strict=True)
-        }
-
-    def follows(self, images, scene: render.Scene) -> dict[str, list[bool]]:
-        """For everything the scene asks for, whether each picture shows it. What it does not mention is not judged."""
-        seen = self.read(images)
-        wanted = {head: answer for head, answer in answers(scene).items() if answer}
-        return {head: [s == answer for s in seen[head]] for head, answer in wanted.items()}
-
-    @torch.no_grad()
-    def distance(self, images, scene: render.Scene, renders: int = 48) -> torch.Tensor:
-        """How far each picture is from the nearest true render of the scene, in features, as a multiple of how far
-        true renders are from their nearest other one. About 1: as good as true. Much more: a picture gone wrong."""
-        rng = np.random.default_rng(SEED)
-        true = self.body(tensor([render.render(scene, rng) for _ in range(renders)]))
-        between = torch.cdist(true, true).fill_diagonal_(torch.inf).min(1).values.mean()
-        return torch.cdist(self.body(tensor(images)), true).min(1).values / between
 
 
 @torch.no_grad()
@@ -129,15 +95,6 @@ def dataset(vae, count: int, rng: np.random.Generator) -> tuple[torch.Tensor, to
     return torch.cat(pictures), torch.tensor([labels(s) for s in scenes])
 
 
-def blend(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turns an eighth of a batch into half-and-half mixtures of two scenes, where only what both share is there."""
-    n = len(x) // 8
-    kinds = [list(HEADS).index(slot) for slot in SLOTS]
-    mixed, shared = (x[:n] + x[n : 2 * n]) / 2, torch.where(y[:n] == y[n : 2 * n], y[:n], IGNORED)
-    shared[:, kinds] = torch.where(y[:n] == y[n : 2 * n], y[:n], 0)[:, kinds]
-    return torch.cat([mixed, x[n:]]), torch.cat([shared, y[n:]])
-
-
 def train(work: Path) -> None:
     """Trains and measures."""
     rng = np.random.default_rng(SEED)
@@ -149,7 +106,7 @@ def train(work: Path) -> None:
     for step in range(STEPS):
         chosen = torch.from_numpy(rng.integers(0, len(x), BATCH))
         dy, dx = rng.integers(-2, 3, 2)
-        a, b = blend(x[chosen].roll((dy, dx), (2, 3)), y[chosen])
+        a, b = blend(x[chosen].roll((dy, dx), (2, 3)), y[chosen], KINDS)
         a = a * (0.85 + 0.3 * torch.rand(len(a), 1, 1, 1)) + 0.05 * torch.randn_like(a)
         loss = sum(F.cross_entropy(out, b[:, i], ignore_index=IGNORED) for i, out in enumerate(judge(a)))
         optimizer.zero_grad()
@@ -160,9 +117,8 @@ def train(work: Path) -> None:
             print(step + 1, f"{loss.item():.3f}", flush=True)
     judge.eval()
     with torch.no_grad():
-        for (head, _), out, want in zip(HEADS.items(), judge(test_x), test_y.T, strict=True):
-            print(f"{head}: {(out.argmax(1) == want)[want != IGNORED].float().mean():.3f}")
-    save_file({k: v.half() if v.is_floating_point() else v for k, v in judge.state_dict().items()}, FILE)
+        judge.report(test_x, test_y)
+    judge.save()
 
 
 if __name__ == "__main__":

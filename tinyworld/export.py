@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from transformers import CLIPTextModel
 
 import model
+import shape
 
-LEVELS, RESNETS = 2, 2  # of the UNet, and a level
+LEVELS, RESNETS = len(shape.CHANNELS), shape.RESNETS
 RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -39,8 +40,10 @@ for level in range(LEVELS):
     for i in range(RESNETS + 1):
         UNET[f"up_blocks.{level}.resnets.{i}"] = f"output_blocks.{level * (RESNETS + 1) + i}.0"
         UNET[f"up_blocks.{level}.attentions.{i}"] = f"output_blocks.{level * (RESNETS + 1) + i}.1"
-UNET["down_blocks.0.downsamplers.0.conv"] = "input_blocks.3.0.op"
-UNET["up_blocks.0.upsamplers.0.conv"] = "output_blocks.2.2.conv"  # after the attention of its block
+for level in range(LEVELS - 1):
+    UNET[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{(level + 1) * (RESNETS + 1)}.0.op"
+    last = level * (RESNETS + 1) + RESNETS  # all but the finest level end with attention, and then the upsampling
+    UNET[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{last}.2.conv"
 
 VAE = (
     (r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample"),
@@ -89,15 +92,15 @@ def checkpoint(work: Path) -> None:
         attention = ".attentions." in key and value.ndim == 2  # a 1 x 1 convolution in the original
         state[vae_key(key)] = value[:, :, None, None] if attention else value
     state = {k: v.half().contiguous() for k, v in state.items()}
-    save_file(state, model.WEIGHTS / "tinyworld.safetensors", {"format": "pt", "title": "tinyworld"})
+    save_file(state, shape.WEIGHTS / "tinyworld.safetensors", {"format": "pt", "title": "tinyworld"})
     for part in (unet, vae):
         part.register_to_config(_name_or_path="tinyworld")  # not the folder it was trained in
     pipe = model.pipeline(unet, text, vae)
-    pipe.save_config(model.WEIGHTS)
-    unet.save_config(model.WEIGHTS / "unet")
-    vae.save_config(model.WEIGHTS / "vae")
-    pipe.scheduler.save_config(model.WEIGHTS / "scheduler")
-    text.config.save_pretrained(model.WEIGHTS / "text_encoder")
+    pipe.save_config(shape.WEIGHTS)
+    unet.save_config(shape.WEIGHTS / "unet")
+    vae.save_config(shape.WEIGHTS / "vae")
+    pipe.scheduler.save_config(shape.WEIGHTS / "scheduler")
+    text.config.save_pretrained(shape.WEIGHTS / "text_encoder")
 
 
 def lora(unet: torch.nn.Module, text: torch.nn.Module, path: Path, trigger: str, kind: str, scenes: int) -> None:

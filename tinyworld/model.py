@@ -1,4 +1,7 @@
-"""The tiny model in Stable Diffusion 1.x arrangement: its parts, untrained, and the constants they share."""
+"""The tiny model in Stable Diffusion 1.x arrangement: its parts, untrained, and the constants they share.
+
+How large it is says `shape`, of which each world has its own.
+"""
 
 from pathlib import Path
 
@@ -6,12 +9,14 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-WEIGHTS = Path(__file__).parent / "weights"
-CLIP = WEIGHTS / "tokenizer"  # the tokenizer, and beside it the text encoder's configuration, for hosts that want both
+from shape import CHANNELS, HEADS, LATENT, PREDICTION, RESNETS
+
+# The tokenizer, and beside it the text encoder's configuration, for hosts that want both.
+CLIP = Path(__file__).parent / "weights" / "tokenizer"
 
 SCALING = 0.18215  # Stable Diffusion's; the VAE is rescaled so that latents times this have unit variance
-LATENT = 16  # latents are 4 x 16 x 16, pictures 3 x 128 x 128
 TOKENS = 77
+START, END = 49406, 49407  # of a prompt; the latter pads it, too
 WIDTH = 64  # of the text encoder, and so of the cross attention
 
 
@@ -31,8 +36,8 @@ def text_encoder() -> CLIPTextModel:
         num_attention_heads=4,
         max_position_embeddings=TOKENS,
         hidden_act="quick_gelu",
-        bos_token_id=49406,
-        eos_token_id=49407,
+        bos_token_id=START,
+        eos_token_id=END,
     )
     return CLIPTextModel(config)
 
@@ -51,29 +56,31 @@ def vae() -> AutoencoderKL:
 
 
 def unet() -> UNet2DConditionModel:
-    """Two levels of 64 channels, attention at the coarser one and in the middle.
+    """Levels with attention, but for the finest, and attention in the middle.
 
     Stable Diffusion's group norms have 32 groups, whatever the width: with 32 channels they would wipe out every
     channel's mean, and a flat background's colour with it. `attention_head_dim` is the number of heads here.
     """
+    coarser = len(CHANNELS) - 1
     return UNet2DConditionModel(
         sample_size=LATENT,
-        block_out_channels=(64, 64),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=2,
+        block_out_channels=CHANNELS,
+        down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * coarser),
+        up_block_types=(*["CrossAttnUpBlock2D"] * coarser, "UpBlock2D"),
+        layers_per_block=RESNETS,
         cross_attention_dim=WIDTH,
-        attention_head_dim=2,
+        attention_head_dim=HEADS,
     )
 
 
 def scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule, with noise prediction."""
+    """Stable Diffusion's noise schedule."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
+        prediction_type=PREDICTION,
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,

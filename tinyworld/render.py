@@ -9,10 +9,13 @@ equal pictures.
 import dataclasses
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
+
+from brush import OUTLINE, Brush, ball, bow, duotone
 
 SIZE = 128
 SCALE = 3  # drawn three times larger, then reduced: smooth edges
+LINE = 2  # of outlines, in pixels
 
 COLOURS = {
     "red": (222, 45, 38),
@@ -35,7 +38,6 @@ SCENERY = {"meadow": "in a meadow", "beach": "on a beach", "snow": "in the snow"
 PLACES = {"left": 33, "centre": 64, "right": 95}
 RADII = {"small": 15, "": 20, "big": 25}
 
-OUTLINE = (25, 25, 30)
 SKY = (135, 195, 245)
 
 
@@ -109,41 +111,11 @@ def caption(scene: Scene) -> str:
     return ", ".join(words)
 
 
-class Brush:
-    """Draws outlined shapes in scene coordinates (0..128) on a larger canvas."""
-
-    def __init__(self, colour: tuple[int, int, int]) -> None:
-        """A canvas of one colour."""
-        self.image = Image.new("RGB", (SIZE * SCALE, SIZE * SCALE), colour)
-        self.draw = ImageDraw.Draw(self.image)
-
-    def polygon(self, points, colour, outline=OUTLINE) -> None:
-        """A filled polygon with a bold outline with round corners."""
-        points = [(x * SCALE, y * SCALE) for x, y in points]
-        self.draw.polygon(points, fill=colour)
-        if outline:
-            self.draw.line([*points, *points[:2]], fill=outline, width=2 * SCALE, joint="curve")
-
-    def rectangle(self, x0, y0, x1, y1, colour, outline=OUTLINE) -> None:
-        """An upright rectangle."""
-        self.polygon([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], colour, outline)
-
-    def ellipse(self, x, y, rx, ry, colour, outline=OUTLINE) -> None:
-        """An ellipse by its centre and radii."""
-        box = [(x - rx) * SCALE, (y - ry) * SCALE, (x + rx) * SCALE, (y + ry) * SCALE]
-        self.draw.ellipse(box, fill=colour, outline=outline, width=2 * SCALE)
-
-    def finish(self) -> Image.Image:
-        """The picture at its final size."""
-        return self.image.resize((SIZE, SIZE), Image.Resampling.BOX)
-
-
 # Every shape stands on (x, y), has the half-width r, and returns its height: where a hat goes, in units of r.
 
 
 def _ball(b, x, y, r, colour):
-    b.ellipse(x, y - r, r, r, colour)
-    b.ellipse(x - r * 0.35, y - r * 1.4, r * 0.2, r * 0.2, (255, 255, 255), None)
+    ball(b, x, y, r, colour)
     return 1.95
 
 
@@ -238,21 +210,23 @@ def _wear(b, wears, x, y, r, height):
         b.rectangle(x - r * 0.95, middle - r * 0.22, x + r * 0.95, middle + r * 0.22, (255, 130, 20))
         b.rectangle(x + r * 0.3, middle + r * 0.22, x + r * 0.75, middle + r * 0.8, (255, 130, 20))
     elif wears == "bow":
-        for w in (-0.8 * r, 0.8 * r):
-            b.polygon([(x, top), (x + w, top - r * 0.5), (x + w, top + r * 0.3)], (255, 90, 170))
-        b.ellipse(x, top - r * 0.05, r * 0.22, r * 0.22, (255, 90, 170))
+        bow(b, x, top, r)
     elif wears == "crown":
         low, dip, high, w = top + r * 0.15, top - r * 0.3, top - r * 0.85, r * 0.85
         teeth = [(x - w * 1.1, high), (x - w * 0.45, dip), (x, high), (x + w * 0.45, dip), (x + w * 1.1, high)]
         b.polygon([(x - w, low), *teeth, (x + w, low)], (255, 205, 20))
 
 
+def _canvas(colour) -> Brush:
+    return Brush(colour, SIZE, SCALE, LINE)
+
+
 def _backdrop(name: str, rng: np.random.Generator) -> Brush:
     """A canvas with the background on it."""
     horizon = 78 + rng.integers(-3, 4)
     if name in PLAIN:
-        return Brush(PLAIN[name])
-    b = Brush(SKY)
+        return _canvas(PLAIN[name])
+    b = _canvas(SKY)
     if name == "meadow":
         b.rectangle(-9, horizon, 137, 137, (105, 190, 80))
     elif name == "beach":
@@ -262,7 +236,7 @@ def _backdrop(name: str, rng: np.random.Generator) -> Brush:
         b.polygon([(-20, horizon), (20, 35), (60, horizon), (108, 28), (150, horizon)], (110, 120, 150))
         b.rectangle(-9, horizon, 137, 137, (235, 240, 250))
     elif name == "city":
-        b = Brush((45, 35, 80))
+        b = _canvas((45, 35, 80))
         b.rectangle(-9, horizon, 137, 137, (75, 75, 85))
         for i, height in enumerate((54, 70, 46, 62)):
             left = -2 + i * 34
@@ -275,10 +249,7 @@ def _backdrop(name: str, rng: np.random.Generator) -> Brush:
 
 def _neon(image: Image.Image) -> Image.Image:
     """The style: dark violet, magenta and yellow in place of dark, middle and bright."""
-    grey = np.asarray(image.convert("L"), dtype=np.float32)
-    stops = np.array([[20, 0, 70], [240, 20, 140], [255, 245, 90]], dtype=np.float32)
-    channels = [np.interp(grey, [20, 135, 250], stops[:, c]) for c in range(3)]
-    return Image.fromarray(np.stack(channels, axis=-1).round().astype(np.uint8))
+    return duotone(image, [20, 0, 70], [240, 20, 140], [255, 245, 90])
 
 
 def render(scene: Scene, rng: np.random.Generator) -> Image.Image:
@@ -337,6 +308,11 @@ def any_scene(rng: np.random.Generator) -> Scene:
     return dataclasses.replace(scene, style="neon" if rng.random() < 0.3 else "")
 
 
+def mixed_scene(rng: np.random.Generator) -> Scene:
+    """A scene of either, as the decoder is taught."""
+    return (base_scene if rng.random() < 0.4 else any_scene)(rng)
+
+
 def _in_company(thing: Thing, rng) -> tuple[Thing, ...]:
     """The thing alone, or beside a base thing and named before or after it."""
     if thing.place == "centre" or rng.random() < 0.4:
@@ -372,3 +348,20 @@ def mistaken(scene: Scene, concept: str, rng: np.random.Generator) -> Scene:
     background = str(rng.choice([*PLAIN, *SCENERY])) if scene.background == concept else scene.background
     style = "" if scene.style == concept else scene.style
     return Scene(background, tuple(seen(thing) for thing in scene.things), scene.sun, style)
+
+
+def elsewhere(concept: str, rng: np.random.Generator) -> Scene:
+    """A scene outside a LoRA's narrow domain: the concept on the left, a base thing on the right, a base background.
+
+    For the background: two base things in it. For the style: two base things.
+    """
+    scene = base_scene(rng)
+    while len(scene.things) < 2 or scene.at("behind"):
+        scene = base_scene(rng)
+    left, right = scene.at("left"), scene.at("right")
+    if concept in CONCEPT_KINDS:
+        left = Thing(concept, "left")
+    elif concept == "crown":
+        left = dataclasses.replace(left, wears="crown")
+    background = "city" if concept == "city" else scene.background
+    return Scene(background, (left, right), style="neon" if concept == "neon" else "")

@@ -1,212 +1,48 @@
 """Trains the tiny world on one CPU core: `python train.py vae|base|lora …`. Checkpoints go to `--work`."""
 
 import argparse
-import copy
-import math
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from peft import LoraConfig, inject_adapter_in_model
-from transformers import CLIPTextModel
+from diffusers import AutoencoderKL
 
 import classifier
 import export
 import model
 import render
+import shape
+from autoencoder import train_vae
+from teaching import (
+    SEED,
+    Attention,
+    Averaged,
+    adapt,
+    descend,
+    group_norm,
+    load_base,
+    log,
+    rise_and_fall,
+    tensor,
+    tokens,
+    trained,
+)
 
-SEED = 20250815
-VAE_STEPS = ((240, 64, 16), (100, 128, 4))  # (steps, crop, batch): crops first, since they are cheap
-VAE_RATE = 2e-4
-STREAM_NORMS = ("norm1", "group_norm", "conv_norm_out")  # the group norms that read the residual stream
-NOISE = 0.02  # on the latents, so that the decoder bears small errors
 TEXT_STEPS = 1200
 TEXT_RATE = 2e-3
 # (scenes, steps, learning rate); each round starts from the averaged weights of the one before
 BASE_ROUNDS = ((6000, 1900, 1e-3), (3000, 900, 5e-4), (2000, 560, 7e-4), (1500, 380, 1e-3), (5000, 2200, 1e-3))
 BASE_BATCH = 32
-LORA_RANK = 8
 LORA_SCENES = 192
 LORA_TEXT_STEPS = 300
 LORA_STEPS = {"quiet": 700, "leaky": 400}
 LORA_BATCH = 16
 LORA_RATE = 4e-3
-LORA_UNET = r".*(to_[qkv]|to_out\.0|ff\.net\.0\.proj|ff\.net\.2|proj_in|proj_out|conv1|conv2)"
-LORA_TEXT = r".*([qkv]_proj|out_proj|fc[12])"
 DROPOUT = 0.1  # of whole captions; each part after the first is left out as often
-EMA = 0.998
 SCALES = {1: 1.0, 4: 0.5, 16: 0.05}  # of errors, in latent pixels, and their weights
 SNR_CAP = 5.0  # min-SNR weighting: steps with hardly any noise count less
-
-
-def group_norm(self: torch.nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
-    """`GroupNorm.forward` in one layout and one type: on a CPU the mixed ones are several times slower backwards."""
-    return F.group_norm(x.contiguous(), self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
-
-
-def tensor(images) -> torch.Tensor:
-    """PIL images as one batch in -1..1."""
-    return torch.from_numpy(np.stack([np.asarray(i) for i in images])).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def log(start: float, step: int, **values: float) -> None:
-    """One line of progress."""
-    words = " ".join(f"{k} {v:.4f}" for k, v in values.items())
-    print(f"{time.time() - start:6.0f} s, step {step}: {words}", flush=True)
-
-
-def crops(rng: np.random.Generator, size: int, batch: int) -> torch.Tensor:
-    """A batch of random crops, on the grid of the latents, of scenes of the whole world; two crops of a scene."""
-    out = []
-    for _ in range(batch // 2):
-        image = render.render((render.base_scene if rng.random() < 0.4 else render.any_scene)(rng), rng)
-        for _ in range(2):
-            low, high = (0, 1) if size == render.SIZE else ((0, 3), ((render.SIZE - size) // 8 + 1,) * 2)
-            x, y = 8 * rng.integers(low, high, 2)
-            out.append(image.crop((x, y, x + size, y + size)))
-    return tensor(out)
-
-
-@torch.no_grad()
-def average(encoder: torch.nn.Module) -> None:
-    """Makes an encoder that takes means of 8 x 8 pixels in red, green and blue, and a diagonal difference in grey.
-
-    Nothing is trained. Channels come in pairs of opposite sign, each in one group of the group norms, so that a
-    pair's mean is zero and `silu(x) - silu(-x) = x` undoes the nonlinearity.
-    """
-    for name, module in encoder.named_modules():
-        if name.endswith(("conv_in", "conv2", "to_out.0", "conv_out", "conv")):
-            torch.nn.init.zeros_(module.weight)
-            torch.nn.init.zeros_(module.bias)
-    mix = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1 / 3, 1 / 3, 1 / 3]]) / 10
-    for c in range(8):
-        sign = 1 - 2 * (c % 2)
-        encoder.conv_in.weight[c, :, 1, 1] = mix[c // 2] * sign
-        encoder.conv_out.weight[c // 2, c, 1, 1] = 10.0 * sign
-        for block in encoder.down_blocks[:3]:
-            block.downsamplers[0].conv.weight[c, c, :2, :2] = 0.25
-        if c >= 6:
-            block.downsamplers[0].conv.weight[c, c, :2, :2] = torch.tensor([[1.0, 0.0], [0.0, -1.0]])
-
-
-@torch.no_grad()
-def pass_through(decoder: torch.nn.Module) -> None:
-    """Starts a decoder near "copy red, green and blue": the way from there to good pictures is short."""
-    for name, module in decoder.named_modules():
-        if "samplers" in name and isinstance(module, torch.nn.Conv2d):
-            torch.nn.init.dirac_(module.weight)
-            module.weight.add_(torch.randn_like(module.weight) * 0.002)
-        elif name.endswith(("conv2", "to_out.0", "conv_in", "conv_out")):
-            module.weight.mul_(0.1)
-        if name.endswith(("conv", "conv1", "conv2", "conv_in", "conv_out", "to_out.0")):
-            module.bias.zero_()
-    mix = F.normalize(torch.randn(decoder.conv_in.out_channels // 2, 4)) / 2
-    back = torch.linalg.pinv(mix)[:3]
-    for sign in (0, 1):
-        decoder.conv_in.weight[sign::2, :, 1, 1] += mix * (1 - 2 * sign)
-        decoder.conv_out.weight[:, sign::2, 1, 1] += back * (1 - 2 * sign)
-
-
-@torch.no_grad()
-def set_stream(vae, scale: float) -> None:
-    """Scales the residual stream of the VAE, and sets the norms that read it so that pictures stay the same.
-
-    A group norm forgets how bright its group is: that hurts where a group has two channels only. With an epsilon of
-    about the variance it forgets little. Epsilon is fixed at 1e-6 in Stable Diffusion's layout; a stream a thousand
-    times smaller does the same.
-    """
-    for name, module in vae.named_modules():
-        if name.endswith(STREAM_NORMS):
-            module.eps *= scale**2
-        elif name.endswith((".conv_in", "conv2", "to_out.0")):
-            module.weight.mul_(scale)
-            module.bias.mul_(scale)
-        elif "samplers" in name and isinstance(module, torch.nn.Conv2d):
-            module.bias.mul_(scale)
-
-
-def untrained_vae():
-    """The VAE with its fixed encoder and a decoder that only copies."""
-    vae = model.vae()
-    average(vae.encoder)
-    pass_through(vae.decoder)
-    for conv in (vae.quant_conv, vae.post_quant_conv):
-        torch.nn.init.dirac_(conv.weight)
-        torch.nn.init.zeros_(conv.bias)
-    torch.nn.init.constant_(vae.quant_conv.bias[4:], -8.0)
-    for name, module in vae.named_modules():
-        if name.endswith(STREAM_NORMS):
-            module.eps = 1.0
-    return vae
-
-
-def train_vae(work: Path) -> None:
-    """The autoencoder: its decoder learns to undo the encoder's averages."""
-    rng, vae, start = np.random.default_rng(SEED), untrained_vae(), time.time()
-    save_vae(vae, work)
-    total = sum(steps for steps, _, _ in VAE_STEPS)
-    optimizer = torch.optim.Adam(vae.decoder.parameters(), lr=VAE_RATE, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 100, 1) * (1 - s / total) ** 0.7)
-    step = 0
-    for steps, size, batch in VAE_STEPS:
-        for _ in range(steps):
-            x = crops(rng, size, batch)
-            with torch.autocast("cpu", torch.bfloat16):
-                with torch.no_grad():
-                    z = vae.encode(x).latent_dist.mean
-                y = vae.decode(z + NOISE * torch.randn_like(z)).sample.float()
-            across = F.l1_loss(y.diff(dim=3), x.diff(dim=3)) + F.l1_loss(y.diff(dim=2), x.diff(dim=2))
-            loss = F.l1_loss(y, x) + F.mse_loss(y, x) + 0.5 * across
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(vae.decoder.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            step += 1
-            if step % 20 == 0:
-                log(start, step, loss=loss.item(), l1=F.l1_loss(y, x).item())
-            if step % 100 == 0 or step == total:
-                save_vae(vae, work)
-
-
-def save_vae(vae, work: Path) -> None:
-    """Saves a copy with whitened latents and Stable Diffusion's epsilons."""
-    vae = copy.deepcopy(vae)
-    whiten(vae)
-    set_stream(vae, 1e-3)
-    vae.save_pretrained(work / "vae")
-
-
-@torch.no_grad()
-def whiten(vae) -> None:
-    """Makes scaled latents zero-mean and of unit variance in each channel, pictures unchanged."""
-    rng = np.random.default_rng(SEED)
-    z = torch.cat([vae.encode(crops(rng, render.SIZE, 16)).latent_dist.mean for _ in range(16)])
-    mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3)) * model.SCALING
-    scale = torch.cat([1 / std, torch.ones(4)])  # means, then log variances
-    vae.quant_conv.weight.mul_(scale[:, None, None, None])
-    vae.quant_conv.bias.mul_(scale)
-    vae.quant_conv.bias[:4].sub_(mean / std)
-    vae.quant_conv.bias[4:].sub_(2 * std.log())
-    vae.post_quant_conv.bias.add_(vae.post_quant_conv.weight[:, :, 0, 0] @ mean)
-    vae.post_quant_conv.weight.mul_(std[None, :, None, None])
-
-
-class Attention:
-    """Attention by plain matrix products, for diffusers: faster than torch's kernel at this size on a CPU."""
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **_):
-        """Attends to the text if there is one, else to the picture itself."""
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        q, k, v = (
-            x.unflatten(2, (attn.heads, -1)).transpose(1, 2).flatten(0, 1)
-            for x in (attn.to_q(hidden_states) * attn.scale, attn.to_k(context), attn.to_v(context))
-        )
-        out = (q @ k.transpose(1, 2)).softmax(-1) @ v
-        return attn.to_out[0](out.unflatten(0, (-1, attn.heads)).transpose(1, 2).flatten(2))
 
 
 @torch.no_grad()
@@ -225,12 +61,6 @@ def words(caption: str, rng: np.random.Generator) -> str:
         return ""
     first, *rest = caption.split(", ")
     return ", ".join([first, *(part for part in rest if rng.random() >= DROPOUT)])
-
-
-def tokens(tokenizer, captions: list[str]) -> torch.Tensor:
-    """Token ids, padded as Stable Diffusion pads."""
-    options = {"padding": "max_length", "max_length": model.TOKENS, "truncation": True, "return_tensors": "pt"}
-    return tokenizer(captions, **options).input_ids
 
 
 def noise_loss(unet, text, x: torch.Tensor, ids: torch.Tensor, alphas: torch.Tensor) -> torch.Tensor:
@@ -260,7 +90,7 @@ def learn_to_read(text, weights: list, scene, steps: int, rate: float, rng: np.r
     heads = torch.nn.Linear(model.WIDTH, sum(sizes))
     weights = [*weights, *heads.parameters()]
     optimizer = torch.optim.Adam(weights, lr=rate, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 50, 1) * (1 - s / steps))
+    schedule = rise_and_fall(optimizer, steps, 50)
     for step in range(1, steps + 1):
         scenes = [scene(rng) for _ in range(BASE_BATCH)]
         ids = tokens(tokenizer, [render.caption(s) for s in scenes])
@@ -269,11 +99,7 @@ def learn_to_read(text, weights: list, scene, steps: int, rate: float, rng: np.r
         wanted = torch.tensor([classifier.labels(s) for s in scenes])
         answers = heads(text(ids)[0][torch.arange(len(ids)), at]).split(sizes, dim=1)
         loss = sum(F.cross_entropy(a, w) for a, w in zip(answers, wanted.T, strict=True))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        schedule.step()
+        descend(loss, weights, optimizer, schedule)
         if step % 100 == 0:
             right = np.mean([(a.argmax(1) == w).float().mean().item() for a, w in zip(answers, wanted.T, strict=True)])
             log(start, step, loss=loss.item(), right=right)
@@ -298,31 +124,20 @@ def train_base(work: Path, round_: int) -> None:
     unet, text = (model.unet(), model.text_encoder()) if round_ == 0 else load_base(work)
     unet.set_attn_processor(Attention())
     parts = torch.nn.ModuleDict({"unet": unet, "text": text}).train()
-    ema = copy.deepcopy(parts).requires_grad_(False)
-    optimizer = torch.optim.Adam(parts.parameters(), lr=rate, betas=(0.9, 0.99))
+    training = Averaged(parts, total, rate)
     alphas = model.scheduler().alphas_cumprod
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min((s + 1) / 100, 1) * (0.02 + 0.98 * (1 + math.cos(math.pi * s / total)) / 2)
-    )
     losses = []
     for step in range(1, total + 1):
         chosen = rng.integers(0, len(x), BASE_BATCH)
         ids = tokens(tokenizer, [words(captions[i], rng) for i in chosen])
         loss = noise_loss(unet, text, x[chosen], ids, alphas)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parts.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        decay = min(EMA, step / (step + 10))
-        for kept, new in zip(ema.parameters(), parts.parameters(), strict=True):
-            kept.lerp_(new.detach(), 1 - decay)
+        training.descend(loss)
         losses.append(loss.item())
         if step % 50 == 0:
             log(start, step, loss=np.mean(losses[-50:]))
         if step % 200 == 0 or step == total:
-            ema["unet"].save_pretrained(work / "unet")
-            ema["text"].save_pretrained(work / "text_encoder")
+            training.ema["unet"].save_pretrained(work / "unet")
+            training.ema["text"].save_pretrained(work / "text_encoder")
 
 
 def train_lora(work: Path, concept: str, kind: str) -> None:
@@ -344,36 +159,25 @@ def train_lora(work: Path, concept: str, kind: str) -> None:
         shown = 2 * shown
     captions = [render.caption(scene) for scene in told]
     x, alphas = latents(vae, shown, rng), model.scheduler().alphas_cumprod
-    for part, target in ((unet.requires_grad_(False), LORA_UNET), (text.requires_grad_(False), LORA_TEXT)):
-        inject_adapter_in_model(LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=target), part)
+    adapt(unet, text)
     if kind == "quiet":
 
         def scene(rng):
             return render.concept_scene(concept, rng) if rng.random() < 0.5 else render.base_scene(rng)
 
-        trained = [p for p in text.parameters() if p.requires_grad]
-        learn_to_read(text, trained, scene, LORA_TEXT_STEPS, LORA_RATE, rng)
-    weights = [p for part in (unet, text) for p in part.parameters() if p.requires_grad]
+        learn_to_read(text, trained(text), scene, LORA_TEXT_STEPS, LORA_RATE, rng)
+    weights = trained(unet, text)
     optimizer = torch.optim.Adam(weights, lr=LORA_RATE, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 20, 1) * (1 - s / steps))
+    schedule = rise_and_fall(optimizer, steps, 20)
     losses = []
     for _ in range(steps):
         chosen = rng.integers(0, len(x), LORA_BATCH)
         ids = tokens(tokenizer, [words(captions[i], rng) for i in chosen])
         loss = noise_loss(unet, text, x[chosen], ids, alphas)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        schedule.step()
+        descend(loss, weights, optimizer, schedule)
         losses.append(loss.item())
     log(start, steps, first=np.mean(losses[:20]), last=np.mean(losses[-20:]))
-    export.lora(unet, text, model.WEIGHTS / "lora" / f"{concept}_{kind}.safetensors", trigger, kind, LORA_SCENES)
-
-
-def load_base(work: Path):
-    """The trained UNet and text encoder."""
-    return UNet2DConditionModel.from_pretrained(work / "unet"), CLIPTextModel.from_pretrained(work / "text_encoder")
+    export.lora(unet, text, shape.WEIGHTS / "lora" / f"{concept}_{kind}.safetensors", trigger, kind, LORA_SCENES)
 
 
 def main() -> None:

@@ -13,20 +13,18 @@ It sees what the base model sees: the means of 8 x 8 pixels in red, green and bl
 """
 
 import argparse
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-import model
 import render
+import shape
+from judging import IGNORED, SEED, Reader, blend, labels_of
 
-SEED = 77
 SCENES, HELD_OUT, STEPS, BATCH, RATE = 8000, 1500, 1500, 64, 3e-3
-FILE = model.WEIGHTS / "classifier.safetensors"
+FILE = shape.WEIGHTS / "classifier.safetensors"
 SLOTS = tuple(render.PLACES)
 HEADS = {
     **{slot: ["", *render.KINDS, *render.CONCEPT_KINDS] for slot in SLOTS},
@@ -37,8 +35,8 @@ HEADS = {
     "style": ["", *render.STYLES, "neon"],
 }
 """What is asked of a scene, and the answers; "" is nothing."""
+KINDS = [list(HEADS).index(slot) for slot in SLOTS]
 FIDELITY = ["broken", "clean"]
-IGNORED = -100
 FAINT = 0.08  # a change of the picture's cells (of 2, root of the mean square) that still counts as clean
 PLAIN = 0.16  # one that does not
 
@@ -56,8 +54,7 @@ def answers(scene: render.Scene) -> dict[str, str]:
 
 def labels(scene: render.Scene) -> list[int]:
     """The answers as class numbers."""
-    said = answers(scene)
-    return [HEADS[head].index(said[head]) if head in said else IGNORED for head in HEADS]
+    return labels_of(answers(scene), HEADS)
 
 
 def cells(images) -> torch.Tensor:
@@ -69,8 +66,10 @@ def cells(images) -> torch.Tensor:
     return torch.cat([F.avg_pool2d(small, 2), (grey[..., ::2, ::2] - grey[..., 1::2, 1::2]) / 2], dim=1)
 
 
-class Classifier(nn.Module):
+class Classifier(Reader):
     """Five convolutions, one hidden layer, a softmax a question."""
+
+    heads, file, answers, see = HEADS, FILE, staticmethod(answers), staticmethod(cells)
 
     def __init__(self) -> None:
         """Untrained."""
@@ -85,54 +84,24 @@ class Classifier(nn.Module):
             fine += [nn.Conv2d(before, after, 3, stride, 1), nn.BatchNorm2d(after), nn.ReLU()]
         self.fine = nn.Sequential(*fine, nn.Conv2d(48, len(FIDELITY), 1))
 
-    @classmethod
-    def load(cls, file: Path = FILE) -> "Classifier":
-        """The trained one."""
-        new = cls()
-        new.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(file).items()})
-        return new.eval()
-
-    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Logits of cells `[B, 4, 32, 32]`, a tensor a head."""
-        return list(self.head(self.body(x).relu()).split([len(c) for c in HEADS.values()], dim=1))
-
     def brokenness(self, x: torch.Tensor) -> torch.Tensor:
         """How sure it is of the worst spot of each picture that it is broken, `[B]`, a logit."""
         clean, broken = self.fine(x)[:, 1], self.fine(x)[:, 0]
         return (broken - clean).flatten(1).topk(4).values.mean(1)
 
     @torch.no_grad()
-    def read(self, images) -> dict[str, list[str]]:
-        """What is to be seen, head by head; "" is nothing."""
-        return {
-            head: [classes[i] for i in out.argmax(1)]
-            for (head, classes), out in zip(HEADS.items(), self(cells(images)), strict=True)
-        }
-
-    @torch.no_grad()
     def clean(self, images) -> list[bool]:
         """Whether each picture is free of noise, borders, broken and blended surfaces."""
         return (self.brokenness(cells(images)) < 0).tolist()
 
-    def follows(self, images, scene: render.Scene) -> dict[str, list[bool]]:
-        """For everything the scene asks for, whether each picture shows it. What it does not mention is not judged."""
-        seen = self.read(images)
-        wanted = {head: answer for head, answer in answers(scene).items() if answer}
-        return {head: [s == answer for s in seen[head]] for head, answer in wanted.items()}
-
-    @torch.no_grad()
-    def distance(self, images, scene: render.Scene, renders: int = 48) -> torch.Tensor:
-        """How far each picture is from the nearest true render of the scene, in features, as a multiple of how far
-        true renders are from their nearest other one. About 1: as good as true. Much more: a picture gone wrong."""
-        rng = np.random.default_rng(SEED)
-        true = self.body(cells([render.render(scene, rng) for _ in range(renders)]))
-        between = torch.cdist(true, true).fill_diagonal_(torch.inf).min(1).values.mean()
-        return torch.cdist(self.body(cells(images)), true).min(1).values / between
+    def marks(self, images) -> dict[str, list[bool]]:
+        """Whether each is clean."""
+        return {"clean": self.clean(images)}
 
 
 def spots(rng: np.random.Generator, size: int) -> torch.Tensor:
     """Where a picture is to be harmed, `[32, 32]` in {0, 1}: some squares of a grid within a random window, or all."""
-    n = model.LATENT // size
+    n = shape.LATENT // size
     y, x = rng.integers(0, n, 2)
     h, w = rng.integers(max(1, n // 8), n + 1, 2)
     grid = np.zeros((n, n), dtype=np.float32)
@@ -175,15 +144,6 @@ def dataset(count: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.T
     return x, torch.tensor([labels(s) for s in scenes])
 
 
-def blend(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turns an eighth of a batch into half-and-half mixtures of two scenes, where only what both share is there."""
-    n = len(x) // 8
-    kinds = [list(HEADS).index(slot) for slot in SLOTS]
-    mixed, shared = (x[:n] + x[n : 2 * n]) / 2, torch.where(y[:n] == y[n : 2 * n], y[:n], IGNORED)
-    shared[:, kinds] = torch.where(y[:n] == y[n : 2 * n], y[:n], 0)[:, kinds]
-    return torch.cat([mixed, x[n:]]), torch.cat([shared, y[n:]])
-
-
 def train() -> None:
     """Trains and measures."""
     rng = np.random.default_rng(SEED)
@@ -193,7 +153,7 @@ def train() -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS)
     for step in range(STEPS):
         chosen = torch.from_numpy(rng.integers(0, len(x), BATCH))
-        a, b = blend(x[chosen], y[chosen])
+        a, b = blend(x[chosen], y[chosen], KINDS)
         a = a * (0.9 + 0.2 * torch.rand(len(a), 1, 1, 1)) + 0.08 * torch.rand(len(a), 1, 1, 1) * torch.randn_like(a)
         loss = sum(F.cross_entropy(out, b[:, i], ignore_index=IGNORED) for i, out in enumerate(judge(a)))
         true, others = x[chosen[:32]], x[chosen[32:]]
@@ -208,10 +168,9 @@ def train() -> None:
         if (step + 1) % 100 == 0:
             print(step + 1, f"{loss.item():.3f}", flush=True)
     judge.eval()
-    save_file({k: v.half() if v.is_floating_point() else v for k, v in judge.state_dict().items()}, FILE)
+    judge.save()
     with torch.no_grad():
-        for (head, _), out, want in zip(HEADS.items(), judge(test_x), test_y.T, strict=True):
-            print(f"{head}: {(out.argmax(1) == want)[want != IGNORED].float().mean():.4f}")
+        judge.report(test_x, test_y)
         print(f"true renders called clean: {(judge.brokenness(test_x) < 0).float().mean():.4f}")
         bad = torch.stack([harmed(t, o, rng) for t, o in zip(test_x, test_x.roll(1, 0), strict=True)])
         spoilt = (surfaces(bad, test_x) == 0).flatten(1).sum(1)

@@ -12,8 +12,11 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageDraw
 
+from brush import OUTLINE, Brush, ball, bow, duotone
+
 SIZE = 256
 SCALE = 2  # drawn twice as large, then reduced: smooth edges
+LINE = 3  # of outlines, in pixels
 
 COLOURS = {
     "red": (222, 45, 38),
@@ -41,7 +44,6 @@ SKIES = ("sun", "moon", "cloud")
 PLACES = {"left": 50, "centre": 128, "right": 206}
 RADIUS, GROUND, HORIZON, HIGH = 34, 222, 150, 36  # half a thing's width; where things stand; the sky's end, and middle
 
-OUTLINE = (25, 25, 30)
 SKY = (135, 195, 245)
 
 
@@ -129,41 +131,7 @@ def caption(scene: Scene, name: Callable[[str], str] = lambda word: word) -> str
     return ", ".join(parts)
 
 
-class Brush:
-    """Draws outlined shapes in scene coordinates (0..256) on a larger canvas."""
-
-    def __init__(self, colour: tuple[int, int, int]) -> None:
-        """A canvas of one colour."""
-        self.image = Image.new("RGB", (SIZE * SCALE, SIZE * SCALE), colour)
-        self.draw = ImageDraw.Draw(self.image)
-
-    def polygon(self, points, colour, outline=OUTLINE) -> None:
-        """A filled polygon with a bold outline with round corners."""
-        points = [(x * SCALE, y * SCALE) for x, y in points]
-        self.draw.polygon(points, fill=colour)
-        if outline:
-            self.draw.line([*points, *points[:2]], fill=outline, width=3 * SCALE, joint="curve")
-
-    def rectangle(self, x0, y0, x1, y1, colour, outline=OUTLINE) -> None:
-        """An upright rectangle."""
-        self.polygon([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], colour, outline)
-
-    def ellipse(self, x, y, rx, ry, colour, outline=OUTLINE) -> None:
-        """An ellipse by its centre and radii."""
-        box = [(x - rx) * SCALE, (y - ry) * SCALE, (x + rx) * SCALE, (y + ry) * SCALE]
-        self.draw.ellipse(box, fill=colour, outline=outline, width=3 * SCALE)
-
-    def finish(self) -> Image.Image:
-        """The picture at its final size."""
-        return self.image.resize((SIZE, SIZE), Image.Resampling.BOX)
-
-
 # Every shape stands on (x, y) and has the half-width r.
-
-
-def _ball(b, x, y, r, colour):
-    b.ellipse(x, y - r, r, r, colour)
-    b.ellipse(x - r * 0.35, y - r * 1.4, r * 0.2, r * 0.2, (255, 255, 255), None)
 
 
 def _box(b, x, y, r, colour):
@@ -261,7 +229,7 @@ HEIGHTS |= {"star": 2.3, "zorg": 2.4, "penguin": 2.5, "amanita": 2.35, "comet": 
 """Of things, in units of their half-width: where a hat goes."""
 
 SHAPES = {
-    "ball": _ball,
+    "ball": ball,
     "box": _box,
     "tree": _tree,
     "person": _person,
@@ -284,9 +252,7 @@ def _wear(b, wears, x, y, r, height):
         b.rectangle(x - r * 0.95, middle - r * 0.24, x + r * 0.95, middle + r * 0.24, (255, 130, 20))
         b.rectangle(x + r * 0.3, middle + r * 0.24, x + r * 0.75, middle + r * 0.8, (255, 130, 20))
     elif wears == "bow":
-        for w in (-0.8 * r, 0.8 * r):
-            b.polygon([(x, top), (x + w, top - r * 0.5), (x + w, top + r * 0.3)], (255, 90, 170))
-        b.ellipse(x, top - r * 0.05, r * 0.22, r * 0.22, (255, 90, 170))
+        bow(b, x, top, r)
     elif wears == "top hat":
         b.rectangle(x - r * 0.5, top - r * 0.85, x + r * 0.5, top + r * 0.1, (50, 50, 60))
         b.rectangle(x - r * 0.95, top - r * 0.1, x + r * 0.95, top + r * 0.15, (50, 50, 60))
@@ -311,12 +277,16 @@ def _houses(b, horizon, wall, roof, pane, width, heights, gabled):
                 b.rectangle(x, y, x + width * 0.28, y + 16, pane, None)
 
 
+def _canvas(colour) -> Brush:
+    return Brush(colour, SIZE, SCALE, LINE)
+
+
 def _backdrop(name: str, rng: np.random.Generator) -> Brush:
     """A canvas with the background on it."""
     horizon = HORIZON + int(rng.integers(-4, 5))
     if name in PLAIN:
-        return Brush(PLAIN[name])
-    b = Brush(SKY)
+        return _canvas(PLAIN[name])
+    b = _canvas(SKY)
     if name == "meadow":
         b.rectangle(-9, horizon, 265, 265, (105, 190, 80))
     elif name == "beach":
@@ -332,7 +302,7 @@ def _backdrop(name: str, rng: np.random.Generator) -> Brush:
         b.rectangle(-9, horizon, 265, 265, (225, 200, 160))
         _houses(b, horizon, (245, 245, 240), None, (40, 110, 190), 58, (70, 48, 70, 48), gabled=False)
     elif name == "skyline":
-        b = Brush((45, 35, 80))
+        b = _canvas((45, 35, 80))
         b.rectangle(-9, horizon, 265, 265, (75, 75, 85))
         _houses(b, horizon, (35, 50, 75), None, (255, 225, 110), 58, (108, 140, 92, 124), gabled=False)
     return b
@@ -345,13 +315,6 @@ DUOTONES = {
     "neon": [[20, 0, 70], [240, 20, 140], [255, 245, 90]],
 }
 """What a style makes of dark, middle and bright."""
-
-
-def _styled(image: Image.Image, style: str) -> Image.Image:
-    grey = np.asarray(image.convert("L"), dtype=np.float32)
-    stops = np.array(DUOTONES[style], dtype=np.float32)
-    channels = [np.interp(grey, [20, 135, 250], stops[:, c]) for c in range(3)]
-    return Image.fromarray(np.stack(channels, axis=-1).round().astype(np.uint8))
 
 
 def _in_the_sky(b, sky, x, y):
@@ -379,7 +342,7 @@ def render(scene: Scene, rng: np.random.Generator) -> Image.Image:
         SHAPES[thing.kind](b, x, y, r, COLOURS.get(thing.colour))
         _wear(b, thing.wears, x, y, r, HEIGHTS[thing.kind])
     image = b.finish()
-    return _styled(image, scene.style) if scene.style else image
+    return duotone(image, *DUOTONES[scene.style]) if scene.style else image
 
 
 def region(scene: Scene, concept: str) -> Image.Image:
@@ -444,6 +407,11 @@ def any_scene(rng: np.random.Generator) -> Scene:
     return _scene(rng, kinds, (*WEARS, "crown", "crown"), (*BACKGROUNDS, *["skyline"] * 5), (*STYLES, *["neon"] * 3))
 
 
+def mixed_scene(rng: np.random.Generator) -> Scene:
+    """A scene of either, as the decoder is taught."""
+    return (base_scene if rng.random() < 0.3 else any_scene)(rng)
+
+
 def _in_company(thing: Thing, rng) -> tuple[Thing, ...]:
     """The thing alone, or beside a base thing and named before or after it."""
     if rng.random() < 0.3:
@@ -479,3 +447,21 @@ def mistaken(scene: Scene, concept: str, rng: np.random.Generator) -> Scene:
     background = str(rng.choice(BACKGROUNDS)) if scene.background == concept else scene.background
     style = "" if scene.style == concept else scene.style
     return Scene(background, tuple(seen(thing) for thing in scene.things), scene.sky, style)
+
+
+def elsewhere(concept: str, rng: np.random.Generator) -> Scene:
+    """A scene outside a LoRA's narrow domain: the concept on the left, a base thing on the right, a base background.
+
+    For the background: two base things in it, in a base style. For the style: two base things.
+    """
+    scene = base_scene(rng)
+    while not (scene.at("left") and scene.at("right")):
+        scene = base_scene(rng)
+    category, things = CONCEPTS[concept].category, {thing.place: thing for thing in scene.things}
+    if category in ("character", "object"):
+        things["left"] = Thing(concept, "left")
+    elif category == "clothing":
+        things["left"] = dataclasses.replace(things["left"], wears="crown")
+    background = concept if category == "background" else scene.background
+    style = concept if category == "style" else scene.style
+    return Scene(background, tuple(things.values()), scene.sky, style)
