@@ -384,10 +384,10 @@ LAYOUTS += (("right", "left"), ("left", "centre", "right"))
 LAYOUT_SHARES = np.array([1, 1.5, 1.5, 1.5, 6, 1.5, 1.5, 1.5, 4]) / 20
 
 
-def _scene(rng, kinds, wears, backgrounds, styles) -> Scene:
+def _scene(rng, kinds, wears, backgrounds, styles, worn=0.3) -> Scene:
     """Nothing, or one to three things, in the order of their words; at times something in the sky, and a style."""
     layout = LAYOUTS[rng.choice(len(LAYOUTS), p=LAYOUT_SHARES)]
-    things = tuple(_thing(rng, place, kinds, wears) for place in layout)
+    things = tuple(_thing(rng, place, kinds, wears, worn) for place in layout)
     sky = str(rng.choice(SKIES)) if rng.random() < 0.25 else ""
     style = str(rng.choice(styles)) if rng.random() < 0.3 else ""
     return Scene(str(rng.choice(backgrounds)), things, sky, style)
@@ -396,9 +396,9 @@ def _scene(rng, kinds, wears, backgrounds, styles) -> Scene:
 BACKGROUNDS = (*PLAIN, *SCENERY, *TOWNS, *TOWNS)
 
 
-def base_scene(rng: np.random.Generator) -> Scene:
-    """A scene of the base model's world: no concept in it."""
-    return _scene(rng, KINDS, WEARS, BACKGROUNDS, STYLES)
+def base_scene(rng: np.random.Generator, worn: float = 0.3) -> Scene:
+    """A scene of the base model's world: no concept in it. `worn` is the share of things that wear something."""
+    return _scene(rng, KINDS, WEARS, BACKGROUNDS, STYLES, worn)
 
 
 def any_scene(rng: np.random.Generator) -> Scene:

@@ -35,7 +35,8 @@ from teaching import (
 TEXT_STEPS = 1600
 TEXT_RATE = 2e-3
 BASE_SCENES = 8000
-BASE_ROUNDS = ((4200, 1.5e-3), (1800, 1e-3))  # steps and learning rate; each goes on from the averages of the last
+# Steps, learning rate, and how many things wear something; each goes on from the averages of the last.
+BASE_ROUNDS = ((4200, 1.5e-3, 0.3), (1800, 1e-3, 0.3), (2600, 1.2e-3, 0.6))
 BASE_BATCH = 32
 READING = 0.03  # the weight of going on reading
 HEADS = "reading.safetensors"  # what answers in learning to read
@@ -169,9 +170,9 @@ def train_base(work: Path, round_: int) -> None:
     place could be told from its tokens in 1 of 10 cases, before in 10 of 10, and kinds were mistaken for one another.
     """
     rng, start = np.random.default_rng(SEED + 1 + round_), time.time()
-    steps, rate = BASE_ROUNDS[round_]
+    steps, rate, worn = BASE_ROUNDS[round_]
     vae, tokenizer = AutoencoderKL.from_pretrained(work / "vae"), model.tokenizer()
-    scenes, strange = [render.base_scene(rng) for _ in range(BASE_SCENES)], strange_words(tokenizer)
+    scenes, strange = [render.base_scene(rng, worn) for _ in range(BASE_SCENES)], strange_words(tokenizer)
     x, heads = latents(vae, scenes, rng), answering()
     if (work / HEADS).exists():
         heads.load_state_dict(load_file(work / HEADS))
