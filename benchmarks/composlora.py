@@ -74,10 +74,10 @@ def combinations(information: Mapping[str, Sequence[Mapping[str, Any]]], words: 
 class World:
     """A checkpoint, the LoRAs of one style, and CLIPScore as the judge."""
 
-    def __init__(self, args: argparse.Namespace, device: Any = "cpu"):
+    def __init__(self, args: argparse.Namespace, device: Any = "cpu", half: bool = False):
         import torch
 
-        self.root, self.style, self.clip, self.device = args.root, args.style, args.clip, device
+        self.root, self.style, self.clip, self.device, self.half = args.root, args.style, args.clip, device, half
         dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
         self.pipe = load_pipeline(args.model, args.config, dtype).to(device)
         self.pipe.scheduler = scheduler_for(self.pipe, "DPM++ 2M")

@@ -5,108 +5,81 @@
     ./dev demo                                          # writes demo.png
     ./dev demo --loras robot star --seeds 3             # other LoRAs of the tiny world
 
-Rows are methods, columns are seeds. Below, for the first seed, where each LoRA's weight (Omega) lay over the steps.
+Rows are methods, columns are seeds. Below LoRAtorio's row: who painted what, a colour a LoRA. The last row is what
+perfect information reaches, in a world that has it: the scene's own geometry says where each LoRA acts.
 """
 
 import argparse
+import textwrap
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from benchmarks.ceiling import TELLS
 from benchmarks.painting import Painting, paint
-from benchmarks.variants import COMPOSITE, MERGE, PAPER, SWITCH, Options
-from benchmarks.world import KINDS, SIZE, Combination, World, compatible, render, scene_of
+from benchmarks.variants import CEILING, COMPOSITE, MERGE, SWITCH, Options
+from benchmarks.world import KINDS, OBJECTS, SIZE, Combination, World, compatible, of_category, render, scene_of
+from loratorio_ext.heatmaps import painted, parts_of
+from loratorio_ext.record import Record
 
+LORATORIO = "LoRAtorio"
 METHODS: dict[str, Options] = {
-    "Merge\n(what a WebUI\ndoes by itself)": MERGE,
+    "Merge:\nwhat a WebUI\ndoes by itself": MERGE,
     "Switch": SWITCH,
     "Composite": COMPOSITE,
-    "LoRAtorio,\nthe paper's form": PAPER,
-    "LoRAtorio": {},
+    LORATORIO: {},
+    **({"Perfect masks:\nthe most that\nplaces can do": CEILING} if TELLS else {}),
 }
-MARGIN, GAP, LINE = 130, 6, 18
+PAINTED = "LoRAtorio:\nwho painted\nwhat"
+LORAS = ("penguin", of_category("object", render.CONCEPTS), of_category("background", render.CONCEPTS))
+MARGIN, GAP, LINE = 150, 6, 24
 INK, PAPER_WHITE = (20, 20, 25), (255, 255, 255)
-COLD, WARM = (24, 20, 70), (255, 225, 90)
 
 
-def font(size: int = 14) -> Any:
+def font(size: int = 18) -> Any:
     return ImageFont.load_default(size)
 
 
-def heat_map(weights: Any, size: int) -> Image.Image:
-    """A LoRA's weights ``[h, w]``, dark for 0 and bright for 1."""
-    share = Image.fromarray((255 * weights.clamp(0, 1)).byte().numpy(), mode="L").resize((size, size), Image.NEAREST)
-    return Image.composite(Image.new("RGB", share.size, WARM), Image.new("RGB", share.size, COLD), share)
+def overlays(painting: Painting) -> list[Image.Image]:
+    """Each image with the weights on it, as means over the steps."""
+    record = Record()
+    for step in painting.steps:
+        record.add(step.members, step.weights.float().numpy(), range(len(painting.images)))
+    return [painted(image, parts_of(record, i, image.size)) for i, image in enumerate(painting.images)]
 
 
-def chosen_steps(count: int, columns: int) -> list[int]:
-    """Step numbers spread evenly from the first to the last."""
-    columns = min(columns, count)
-    return [round(i * (count - 1) / max(1, columns - 1)) for i in range(columns)]
-
-
-@dataclass(frozen=True)
-class Block:
+def sheet(heading: str, titles: Sequence[str], rows: dict[str, list[Image.Image]]) -> Image.Image:
     """Labelled rows of pictures under a heading, and the titles of their columns."""
-
-    heading: str
-    titles: list[str]
-    rows: dict[str, list[Image.Image]]
-
-    @property
-    def height(self) -> int:
-        return 2 * LINE + len(self.rows) * (SIZE + GAP) + GAP
-
-
-def weight_block(heading: str, painting: Painting, names: Sequence[str], columns: int) -> Block:
-    """Each LoRA's weights in the first image, at some of the steps; all of them take part in all."""
-    steps = [painting.steps[i] for i in chosen_steps(len(painting.steps), columns)]
-    rows = {
-        name: [heat_map(step.weights[step.plan.members.index(i), 0], SIZE) for step in steps]
-        for i, name in enumerate(names)
-    }
-    return Block(heading, [f"step {step.index + 1}" for step in steps], rows)
-
-
-def sheet(blocks: Sequence[Block]) -> Image.Image:
-    """Blocks below each other on one page."""
-    columns = max(len(block.titles) for block in blocks)
-    size = (MARGIN + columns * (SIZE + GAP), sum(block.height for block in blocks) + GAP)
+    words = textwrap.wrap(heading, 24 * len(titles) + 8)
+    top = GAP + (len(words) + 1) * LINE
+    size = (MARGIN + len(titles) * (SIZE + GAP), top + len(rows) * (SIZE + GAP))
     page = Image.new("RGB", size, PAPER_WHITE)
     draw = ImageDraw.Draw(page)
-    top = GAP
-    for block in blocks:
-        draw.text((GAP, top), block.heading, INK, font(15))
-        for column, words in enumerate(block.titles):
-            draw.text((MARGIN + column * (SIZE + GAP), top + LINE + 2), words, INK, font(12))
-        for row, (name, pictures) in enumerate(block.rows.items()):
-            y = top + 2 * LINE + row * (SIZE + GAP)
-            draw.multiline_text((GAP, y + SIZE // 2), name, INK, font(13), anchor="lm")
-            for column, picture in enumerate(pictures):
-                page.paste(picture, (MARGIN + column * (SIZE + GAP), y))
-        top += block.height
+    draw.multiline_text((GAP, GAP), "\n".join(words), INK, font(20))
+    for column, title in enumerate(titles):
+        draw.text((MARGIN + column * (SIZE + GAP), top - LINE), title, INK, font(15))
+    for row, (name, pictures) in enumerate(rows.items()):
+        y = top + row * (SIZE + GAP)
+        draw.multiline_text((GAP, y + SIZE // 2), name, INK, font(18), anchor="lm")
+        for column, picture in enumerate(pictures):
+            page.paste(picture, (MARGIN + column * (SIZE + GAP), y))
     return page
 
 
 def demonstrate(world: Any, combination: Combination, kind: str, seeds: Sequence[int]) -> Image.Image:
     """The whole page."""
-    paintings = {}
+    rows = {}
     for name, options in METHODS.items():
-        paintings[name] = paint(world, combination, kind, options, seeds)
-        print(f"{' '.join(name.split())}: {paintings[name].seconds:.0f} s", flush=True)
-    loras = combination.loras
-    images = Block(
-        f"{len(loras)} LoRAs: “{combination.prompt}”",
-        [f"seed {seed}" for seed in seeds],
-        {name: made.images for name, made in paintings.items()},
-    )
-    heading = f"Whose region is it? LoRAtorio's weights at seed {seeds[0]} (dark: 0, bright: 1)"
-    maps = weight_block(heading, paintings["LoRAtorio"], [f"“{name}” LoRA" for name in loras], len(seeds))
-    return sheet([images, maps])
+        made = paint(world, combination, kind, options, seeds)
+        print(f"{' '.join(name.split())}: {made.seconds:.0f} s", flush=True)
+        rows[name] = made.images
+        if name == LORATORIO:
+            rows[PAINTED] = overlays(made)
+    heading = f"{len(combination.loras)} LoRAs: “{combination.prompt}”"
+    return sheet(heading, [f"seed {seed}" for seed in seeds], rows)
 
 
 def save(page: Image.Image, path: Path) -> None:
@@ -116,14 +89,14 @@ def save(page: Image.Image, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--loras", nargs="+", default=["penguin", "mushroom", "city"], choices=list(render.CONCEPTS))
+    parser.add_argument("--loras", nargs="+", default=LORAS, choices=list(render.CONCEPTS))
     parser.add_argument("--kind", choices=KINDS, default="quiet")
-    parser.add_argument("--seeds", type=int, default=5, metavar="COUNT")
+    parser.add_argument("--seeds", type=int, default=4, metavar="COUNT")
     parser.add_argument("--out", type=Path, default=Path("demo.png"))
     args = parser.parse_args()
     loras = tuple(concept for concept in render.CONCEPTS if concept in args.loras)
     if loras not in compatible(len(loras)):
-        parser.error("at most two of robot, penguin, mushroom and star fit into one scene")
+        parser.error(f"at most two of {', '.join(OBJECTS)} fit into one scene")
     started = time.perf_counter()
     page = demonstrate(World(), Combination(loras, scene_of(loras)), args.kind, range(1, args.seeds + 1))
     save(page, args.out)

@@ -3,6 +3,8 @@
 ::
 
     ./dev evaluate --suite quick                # every method, 10 to 15 minutes on two cores
+    ./dev evaluate --suite ceiling              # what perfect information reaches, beside Merge and the defaults
+    ./dev evaluate --suite screen               # shares and gates beside them, on the same half
     ./dev evaluate --suite sweep                # LoRAtorio's main options, on one half of the combinations
     ./dev evaluate --suite details              # the others, likewise
     ./dev evaluate --suite gates                # gates beside shares, patches, momentum, likewise
@@ -24,7 +26,9 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,12 +41,14 @@ from benchmarks import composlora
 from benchmarks.painting import Painting, paint, psnr, step_statistics
 from benchmarks.report import write_report
 from benchmarks.variants import (
+    BOUNDS,
     DETAILS,
     EVERY_GATE,
     GATES,
     METHODS,
     OTHERS,
     POOL,
+    SCREEN,
     SOUP,
     SWEEP,
     TURBO,
@@ -51,24 +57,28 @@ from benchmarks.variants import (
     resolved,
     variant_name,
 )
-from benchmarks.world import KINDS, World, interleaved, render
+from benchmarks.world import CHOSEN, KINDS, World, interleaved, render
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parent / "results" / CHOSEN
 
 
 @dataclass(frozen=True)
 class Suite:
-    """What to compose in which ways: ``images`` of every combination of one half, alone and in company."""
+    """What to compose in which ways: ``images`` of every combination of one half at a time, alone and in company, until
+    a group has as many as it is ``wanted`` to; 0: once."""
 
     half: str
     variants: tuple[Options, ...]
     images: int
     groups: tuple[str, ...] = ("2", "3", "4", "5", "2+1")
     combinations: int | None = None
+    wanted: int = 0
 
 
 SUITES = {
     "quick": Suite("confirm", METHODS, images=2, combinations=10),
+    "ceiling": Suite("choose", BOUNDS, images=4, wanted=96),
+    "screen": Suite("choose", SCREEN, images=4, wanted=96),
     "sweep": Suite("choose", SWEEP, images=2),
     "details": Suite("choose", DETAILS, images=2),
     "gates": Suite("choose", GATES, images=2),
@@ -90,6 +100,7 @@ class Unit:
     def key(self, world: Any, options: Options) -> str:
         """What tells a row from all others."""
         identity = [self.kind, self.combination.name, self.seeds, dict(world.call), resolved(options)]
+        identity += ["half"] if world.half else []
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
     def rows(self, world: Any, variants: Iterable[Options]) -> Iterator[dict[str, Any]]:
@@ -122,9 +133,13 @@ def units(suite: Suite, kinds: Sequence[str], concepts: Sequence[str] = tuple(re
     """A suite's work as far as it needs these concepts only, in an order of which every beginning is balanced."""
     possible = [each for each in interleaved(suite.groups, suite.half) if set(each.loras) <= set(concepts)]
     chosen = possible[: suite.combinations]
+    once = Counter(each.group for each in chosen)
+    rounds = {group: max(1, math.ceil(suite.wanted / (suite.images * count))) for group, count in once.items()}
     return [
-        Unit(combination, kind, tuple(range(combination.seed, combination.seed + suite.images)))
-        for combination in chosen
+        Unit(each, kind, tuple(range(each.seed + turn * suite.images, each.seed + (turn + 1) * suite.images)))
+        for turn in range(max(rounds.values(), default=0))
+        for each in chosen
+        if turn < rounds[each.group]
         for kind in kinds
     ]
 
@@ -178,6 +193,7 @@ def main() -> None:
         "--variants", nargs="+", metavar="WORDS", default=(), help="those named with all of these words"
     )
     parser.add_argument("--concepts", nargs="+", choices=render.CONCEPTS, default=tuple(render.CONCEPTS))
+    parser.add_argument("--half", action="store_true", help="multiply in bfloat16: faster where the processor can")
     composlora.add_arguments(parser.add_argument_group("--suite composlora"))
     args = parser.parse_args()
     path = args.results or RESULTS / f"{args.suite}.jsonl"
@@ -185,12 +201,13 @@ def main() -> None:
         workers = PartialState(cpu=not torch.cuda.is_available())  # which otherwise does not share a CPU's work
         deadline = time.monotonic() + 60 * args.budget
         if args.suite == "composlora":
-            world = composlora.World(args, workers.device)
+            world = composlora.World(args, workers.device, args.half)
             variants, work = METHODS, [Unit(each, args.style, (composlora.SEED,)) for each in world.combinations()]
         else:
-            world, variants = World(workers.device), named(SUITES[args.suite].variants, args.variants)
+            world, variants = World(workers.device, args.half), named(SUITES[args.suite].variants, args.variants)
             work = units(SUITES[args.suite], args.kinds, args.concepts)
-        added = run(work[workers.process_index :: workers.num_processes], variants, path, world, deadline)
+        with torch.autocast(workers.device.type, torch.bfloat16, enabled=args.half):
+            added = run(work[workers.process_index :: workers.num_processes], variants, path, world, deadline)
         print(f"{added} rows added to {path}")
         workers.wait_for_everyone()
         if not workers.is_main_process:

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.baselines import BASELINES
+from benchmarks.ceiling import informed, true_renders
 from benchmarks.statistics import figures
-from benchmarks.variants import BASELINE, Options
+from benchmarks.variants import BASELINE, PERFECT, TRUTH, Options
 from loratorio_ext.hosts.diffusers import composed, generators
 
-PERFECT = 99.0  # decibels, in place of infinity
+LARGEST = 99.0  # decibels, in place of infinity
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Painting:
     def cost(self) -> float:
         """Rows evaluated by the model, as a multiple of what merged LoRAs need."""
         rows = [2 + len(step.plan.isolated) * (1 + step.plan.uncond) for step in self.steps]
-        return float(np.mean(rows)) / 2
+        return float(np.mean(rows)) / 2 if rows else 0.0
 
 
 def composing(world: Any, combination: Any, loras: Sequence[Any], options: Options) -> AbstractContextManager:
@@ -41,8 +42,14 @@ def composing(world: Any, combination: Any, loras: Sequence[Any], options: Optio
 def paint(world: Any, combination: Any, kind: str, options: Options, seeds: Sequence[int]) -> Painting:
     """Images of what the combination's prompt asks for, one a seed."""
     started = time.perf_counter()
-    loras = [world.lora(concept, kind) for concept in combination.loras]
-    with composing(world, combination, loras, options) as composition:
+    if options == TRUTH:
+        return Painting(true_renders(combination, seeds), [], time.perf_counter() - started)
+    perfect = options.get(PERFECT)
+    loras = {c: world.lora(c, kind) for c in (combination.named if perfect else combination.loras)}
+    options = {name: value for name, value in options.items() if name != PERFECT}
+    if perfect:
+        options = informed(combination, {concept: lora.name for concept, lora in loras.items()}, options)
+    with composing(world, combination, list(loras.values()), options) as composition:
         images = world.pipe(
             combination.prompt,
             num_images_per_prompt=len(seeds),
@@ -55,7 +62,7 @@ def paint(world: Any, combination: Any, kind: str, options: Options, seeds: Sequ
 def psnr(images: Sequence[Any], exact: Sequence[Any]) -> list[float]:
     """Peak signal to noise ratio of each image against its exact counterpart, in decibels."""
     errors = [np.mean((np.float64(a) - np.float64(b)) ** 2) for a, b in zip(images, exact)]
-    return [round(min(PERFECT, 10 * float(np.log10(255**2 / error))) if error else PERFECT, 2) for error in errors]
+    return [round(min(LARGEST, 10 * float(np.log10(255**2 / error))) if error else LARGEST, 2) for error in errors]
 
 
 def step_statistics(steps: Sequence[Any]) -> dict[str, list[float]]:

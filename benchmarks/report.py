@@ -15,6 +15,7 @@ from benchmarks.statistics import (
     mean_interval,
     median,
     paired_difference,
+    share_clean,
     share_complete,
     share_intruded,
     share_of_named,
@@ -64,13 +65,14 @@ def completeness_table(rows: Rows) -> str:
                 *cells,
                 str(share_complete(many)) if many else "",
                 str(share_present([row for row in mine if row in alone])) if alone else "",
+                str(share_clean(mine)) if any("clean" in row for row in mine) else "",
                 str(share_intruded(mine)) if any(row["intruders"] for row in mine) else "",
                 number(median(mine, "distance")),
                 number(median(mine, "cost")),
                 number(median(mine, "psnr"), ".1f"),
             ]
         )
-    header = ["", *map(group_title, groups), "N ≥ 3", "per concept", "intruder", "distance", "cost", "PSNR"]
+    header = ["", *map(group_title, groups), "N ≥ 3", "per concept", "clean", "intruder", "distance", "cost", "PSNR"]
     return markdown(header, body)
 
 

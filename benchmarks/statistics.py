@@ -42,13 +42,20 @@ class Share:
 
 
 def complete(row: Mapping[str, Any]) -> list[bool]:
-    """For each image of a row, whether it shows every concept that was named."""
-    return [all(found) for found in zip(*row["present"].values())]
+    """For each image of a row, whether it shows every concept named and, where that was judged, is clean."""
+    marks = [row["clean"]] if "clean" in row else []
+    return [all(found) for found in zip(*marks, *row["present"].values())]
 
 
 def share_complete(rows: Iterable[Mapping[str, Any]]) -> Share:
-    """The share of images that show every concept named."""
+    """The share of complete images."""
     found = [each for row in rows for each in complete(row)]
+    return Share(sum(found), len(found))
+
+
+def share_clean(rows: Iterable[Mapping[str, Any]]) -> Share:
+    """The share of images without noise, borders, broken or blended surfaces, among those that were judged so."""
+    found = [each for row in rows for each in row.get("clean", ())]
     return Share(sum(found), len(found))
 
 

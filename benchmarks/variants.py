@@ -78,18 +78,44 @@ EVERY_GATE = tuple(
 """All of them with one another."""
 
 
+TRUTH = {"true_renders": True}
+"""No composition at all: the scene as the world's renderer draws it, to see what the judge says of that."""
+PERFECT = "perfect_masks"
+CEILING = {PERFECT: True, "combination": "gates", "sharpness": 0.0, "patch_size": 1}
+"""Perfect information (see `benchmarks.ceiling`): each LoRA's difference in full where the scene has its concept."""
+CEILING_OF_SHARES = {PERFECT: True, "combination": "shares", "patch_size": 1}
+"""The same where weights must add up to 1: a style and a thing share a patch."""
+BOUNDS = (TRUTH, CEILING, CEILING_OF_SHARES, MERGE, {})
+SLIDING = {"patch_size": 2, "patches": "sliding"}
+SCREEN = (
+    CEILING,
+    MERGE,
+    {},
+    CENTRE,
+    {**CENTRE, **SLIDING},
+    *({**GATED, **SLIDING, "sharpness": q} for q in (2.0, 4.0, 8.0)),
+    *({**GATED, **SLIDING, "global_below": below} for below in (0.75, 1.2)),
+    *({**GATED, **SLIDING, "base_share": share} for share in (0.0, 1.0)),
+)
+"""What the first look at a world goes through, beside the ceiling."""
+
 NEEDS = {"reselect_every": "top_k"}
 """Options that mean nothing while another one is off, beside those that say so in the table."""
 FORM = ("enabled", "pool", "pool_weight", "show_maps")
 """Options that say which LoRAs there are and what is shown of them: here every combination names its own."""
 
 
+def of_product(options: Options) -> Settings:
+    """The settings among the options, without what only the benchmarks know."""
+    return Settings.from_mapping({name: value for name, value in options.items() if name != PERFECT})
+
+
 def resolved(options: Options) -> dict[str, Any]:
     """Every option that has an effect, by name, so that a result means the same when defaults change."""
-    if BASELINE in options:
+    if BASELINE in options or options == TRUTH:
         return dict(options)
-    settings = Settings.from_mapping(options)
-    return {
+    settings = of_product(options)
+    return {name: options[name] for name in (PERFECT,) if name in options} | {
         option.name: getattr(settings, option.name)
         for option in OPTIONS
         if option.used_by(settings.method)
@@ -108,10 +134,14 @@ def exact_of(options: Options) -> dict[str, Any] | None:
 
 def variant_name(options: Options) -> str:
     """Options in a few words, with the method's symbols: "adaptive κ 0.3, γ 0.5, p 2, λ 0.5"."""
+    if options == TRUTH:
+        return "true renders"
     if BASELINE in options:
         says = {"cmlora": "CMLoRA", "concatenated": "concatenated at 1/N^{power:g}", "soup": "soup of {steps} steps"}
         return says[options[BASELINE]].format(**options)
-    settings = Settings.from_mapping(options)
+    settings = of_product(options)
+    if PERFECT in options:
+        return f"perfect masks, {settings.combination}"
     if settings.method == "switch":
         return f"switch every {settings.switch_every}"
     if settings.method != "loratorio":

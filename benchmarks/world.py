@@ -1,6 +1,10 @@
-"""The tiny world as the benchmarks use it: scenes that ask for several of its LoRAs at once, and who judges them."""
+"""The tiny world as the benchmarks use it: scenes that ask for several of its LoRAs at once, and who judges them.
+
+LORATORIO_WORLD=next in the environment takes the next one, as far as it is trained.
+"""
 
 import itertools
+import os
 import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,8 +19,9 @@ from benchmarks.statistics import figures
 from loratorio_ext.hosts.diffusers import load_lora
 
 TINYWORLD = Path(__file__).resolve().parent.parent / "tinyworld"
-LORAS = TINYWORLD / "weights" / "lora"
-sys.path.append(str(TINYWORLD))  # its modules know each other by their bare names
+CHOSEN = os.environ.get("LORATORIO_WORLD", "")
+LORAS = TINYWORLD / CHOSEN / "weights" / "lora"
+sys.path += [str(TINYWORLD / CHOSEN), str(TINYWORLD)]  # their modules know each other by their bare names
 
 render = import_module("render")
 
@@ -24,10 +29,10 @@ KINDS = ("quiet", "leaky")
 """Of LoRAs: those that show their concept when it is named, and those that show it whatever the prompt says."""
 
 OBJECTS = render.CONCEPT_KINDS
-OTHERS = tuple(concept for concept in render.CONCEPTS if concept not in OBJECTS)
 PLACES = ("left", "right")
 SIZE = render.SIZE
-BACKGROUNDS = tuple(name for name in (*render.PLAIN, *render.SCENERY) if name != "grey")  # the objects' home is grey
+TOWNS = getattr(render, "TOWNS", ())
+BACKGROUNDS = (*(name for name in render.PLAIN if name != "grey"), *render.SCENERY, *TOWNS)  # grey: their home
 
 
 @dataclass(frozen=True)
@@ -79,11 +84,16 @@ def scene_of(concepts: Sequence[str]) -> Any:
         render.Thing(str(kind), place, colour="" if kind in OBJECTS else str(rng.choice(list(render.COLOURS))))
         for kind, place in zip(kinds, PLACES)
     ]
-    if "crown" in concepts:
+    if worn := of_category("clothing", concepts):
         head = next((i for i, thing in enumerate(things) if thing.colour), int(rng.integers(len(things))))
-        things[head] = replace(things[head], wears="crown")
-    background = "city" if "city" in concepts else str(rng.choice(BACKGROUNDS))
-    return render.Scene(background, tuple(things), style="neon" if "neon" in concepts else "")
+        things[head] = replace(things[head], wears=worn)
+    background = of_category("background", concepts) or str(rng.choice(BACKGROUNDS))
+    return render.Scene(background, tuple(things), style=of_category("style", concepts))
+
+
+def of_category(category: str, concepts: Sequence[str]) -> str:
+    """The first of the concepts that is of a category; "": none is."""
+    return next((concept for concept in concepts if render.CONCEPTS[concept].category == category), "")
 
 
 def shuffled(values: Sequence[Any], name: str) -> list[Any]:
@@ -114,23 +124,17 @@ def interleaved(groups: Sequence[str], half: str) -> list[Combination]:
 
 def questions(scene: Any) -> dict[str, str]:
     """For each concept of a scene, which of the judge's questions it answers: places, "left wears", "background"."""
-    asked = {}
-    for thing in scene.things:
-        if thing.kind in OBJECTS:
-            asked[thing.kind] = thing.place
-        if thing.wears == "crown":
-            asked["crown"] = f"{thing.place} wears"
-    if scene.background == "city":
-        asked["city"] = "background"
-    if scene.style == "neon":
-        asked["neon"] = "style"
-    return asked
+    answers = {thing.kind: thing.place for thing in scene.things}
+    answers |= {thing.wears: f"{thing.place} wears" for thing in scene.things}
+    answers |= {scene.background: "background", scene.style: "style"}
+    return {concept: asked for concept, asked in answers.items() if concept in render.CONCEPTS}
 
 
 def shown(seen: dict[str, list[str]], concept: str) -> list[bool]:
     """Whether each picture shows the concept anywhere, by what the judge has seen."""
-    heads = {"crown": [f"{place} wears" for place in render.PLACES], "city": ["background"], "neon": ["style"]}
-    answers = zip(*(seen[head] for head in heads.get(concept, render.PLACES)))
+    heads = {"clothing": [f"{place} wears" for place in render.PLACES], "background": ["background"]}
+    heads |= {"style": ["style"]}
+    answers = zip(*(seen[head] for head in heads.get(render.CONCEPTS[concept].category, render.PLACES)))
     return [concept in of_image for of_image in answers]
 
 
@@ -143,21 +147,24 @@ def judged(judge: Any, combination: Combination, images: Sequence[Any]) -> dict[
         "present": {concept: list(map(int, follows[asked[concept]])) for concept in combination.named},
         "intruders": {concept: list(map(int, shown(seen, concept))) for concept in unnamed},
         "follows": figures(np.mean(list(follows.values()), axis=0)),
+        **{mark: list(map(int, told)) for mark, told in judge.marks(images).items()},
         "distance": figures(judge.distance(images, combination.scene)),
     }
 
 
 class World:
-    """The pipeline, its LoRAs as they are asked for, and the judge. ``call``: the pipeline's arguments."""
+    """The pipeline, its LoRAs as they are asked for, and the judge. ``call``: the pipeline's arguments; ``half``: it
+    multiplies in bfloat16, as people's machines do."""
 
     call: Mapping[str, Any] = {"num_inference_steps": 16, "guidance_scale": 4.0, "width": SIZE, "height": SIZE}
 
-    def __init__(self, device: Any = "cpu"):
+    def __init__(self, device: Any = "cpu", half: bool = False):
         if not any(LORAS.glob("*.safetensors")):
             raise SystemExit(f"The tiny world is not trained: {LORAS} has no LoRA (see tinyworld/MODEL_CARD.md)")
         self.pipe = import_module("load").pipeline().to(device)
         self.judge = import_module("classifier").Classifier.load()
         self.loaded: dict[Path, Any] = {}
+        self.half = half
 
     def lora(self, concept: str, kind: str) -> Any:
         path = LORAS / f"{concept}_{kind}.safetensors"

@@ -1,21 +1,25 @@
 """The benchmarks' bookkeeping: combinations, resuming, statistics, tables; and one run over a tiny random pipeline."""
 
 import argparse
+import copy
 import json
 import math
 import os
 import subprocess
 import sys
 import time
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from benchmarks import composlora, demo, soup, world
+from benchmarks import ceiling, composlora, demo, soup, world
 from benchmarks.baselines import CMLoRA, high_frequency_share
-from benchmarks.evaluate import SUITES, Unit, named, read_rows, run, units
+from benchmarks.evaluate import SUITES, Suite, Unit, named, read_rows, run, units
 from benchmarks.painting import paint, psnr, step_statistics
 from benchmarks.report import write_report
 from benchmarks.statistics import (
@@ -23,12 +27,13 @@ from benchmarks.statistics import (
     complete,
     loudest_are_named,
     paired_difference,
+    share_clean,
     share_complete,
     share_intruded,
     share_of_named,
     share_present,
 )
-from benchmarks.variants import OTHERS, SWEEP, exact_of, resolved, variant_name
+from benchmarks.variants import CEILING, METHODS, OTHERS, PERFECT, SWEEP, TRUTH, exact_of, resolved, variant_name
 from loratorio_ext.core import Plan, Predictions
 from loratorio_ext.hosts.diffusers import Step, load_lora
 from loratorio_ext.hosts.diffusers_loras import layers_of
@@ -234,6 +239,8 @@ def test_wilson_intervals():
 
 def test_shares_count_images_and_concepts():
     assert complete(row()) == [True, False, False]
+    assert complete(row(clean=[0, 1, 1])) == [False, False, False] and complete(row(clean=[1, 0, 0]))[0]
+    assert share_clean([row(clean=[1, 0, 1]), row()]) == Share(2, 3)
     assert share_complete([row(), row()]) == Share(2, 6)
     assert share_present([row()]) == Share(3, 6)
     assert share_present([row()], "robot") == Share(2, 3)
@@ -301,6 +308,9 @@ class Judge:
     def follows(self, images, scene):
         return {head: [True, *[False] * (len(images) - 1)] for head in world.questions(scene).values()}
 
+    def marks(self, images):
+        return {"clean": [True] * len(images)}
+
     def distance(self, images, scene):
         return [1.5] * len(images)
 
@@ -309,6 +319,7 @@ class TinyWorld:
     """Random models in place of the trained ones."""
 
     call = {"num_inference_steps": 3, "guidance_scale": 4.0, "width": 32, "height": 32}
+    half = False
 
     def __init__(self, folder):
         self.pipe, self.judge = make_pipeline("sd1"), Judge()
@@ -367,13 +378,71 @@ def test_every_way_starts_from_the_same_seeds(tiny):
     assert first.tobytes() == again.tobytes()
 
 
+def test_a_group_gets_as_many_images_as_are_wanted():
+    """Seeds go on where they ended, every group is there at every beginning, and nothing is painted twice."""
+    suite = Suite("confirm", METHODS, images=4, groups=("2", "5"), wanted=40)
+    work = units(suite, ("quiet",))
+    found = [(unit.combination.name, seed) for unit in work for seed in unit.seeds]
+    assert len(set(found)) == len(found)
+    images = Counter(unit.combination.group for unit in work for _ in unit.seeds)
+    assert images == {"2": 40, "5": 48}, "of 10 and of 3 combinations"
+    assert {unit.combination.group for unit in work[:2]} == {"2", "5"}
+    assert units(replace(suite, wanted=0), ("quiet",)) == work[:13]
+
+
+def test_perfect_masks_say_where_each_lora_acts(tiny, monkeypatch):
+    """The same as when somebody draws them; without them the image is another."""
+    combination = world.combinations("2")[0]
+    first, second = combination.loras
+    halves = {first: Image.new("L", (32, 32), 255), second: Image.new("L", (32, 32), 255)}
+    halves[first].paste(0, (16, 0, 32, 32))
+    halves[second].paste(0, (0, 0, 16, 32))
+    monkeypatch.setattr(ceiling, "TELLS", True)
+    monkeypatch.setattr(ceiling.render, "region", lambda scene, concept: halves[concept], raising=False)
+    (image,) = paint(tiny, combination, "quiet", CEILING, (3,)).images
+    gates = {name: value for name, value in CEILING.items() if name != PERFECT}
+    drawn = {tiny.lora(c, "quiet").name: {"mask": ceiling.written(mask)} for c, mask in halves.items()}
+    (by_hand,) = paint(tiny, combination, "quiet", {**gates, "loras": drawn}, (3,)).images
+    (everywhere,) = paint(tiny, combination, "quiet", gates, (3,)).images
+    assert image.tobytes() == by_hand.tobytes() != everywhere.tobytes()
+
+
+def test_a_world_that_does_not_tell_where_things_are_has_no_ceiling(tiny, monkeypatch):
+    monkeypatch.setattr(ceiling, "TELLS", False)
+    with pytest.raises(SystemExit, match="does not tell where things are"):
+        paint(tiny, world.combinations("2")[0], "quiet", CEILING, (3,))
+
+
+def test_true_renders_are_what_the_judge_calls_right():
+    combination = world.combinations("2")[0]
+    made = paint(None, combination, "quiet", TRUTH, (3, 4))
+    assert made.cost == 0 and made.steps == [] and len(made.images) == 2
+    judge = world.import_module("classifier").Classifier.load()
+    assert all(all(shown) for shown in world.judged(judge, combination, made.images)["present"].values())
+
+
+def test_half_precision_has_rows_of_its_own(tiny):
+    unit = Unit(world.combinations("2")[0], "quiet", (1,))
+    half = copy.copy(tiny)
+    half.half = True
+    assert unit.key(tiny, {}) != unit.key(half, {})
+
+
 def test_the_demo_labels_every_method_and_lora(tiny, monkeypatch):
     monkeypatch.setattr(demo, "SIZE", 32)
     page = demo.demonstrate(tiny, world.combinations("3")[0], "quiet", (1, 2))
-    rows = len(demo.METHODS) + 3
-    assert page.size == (demo.MARGIN + 2 * (32 + demo.GAP), 4 * demo.LINE + rows * (32 + demo.GAP) + 3 * demo.GAP)
-    assert demo.chosen_steps(16, 5) == [0, 4, 8, 11, 15]
-    assert demo.chosen_steps(3, 5) == [0, 1, 2]
+    rows = len(demo.METHODS) + 1  # below LoRAtorio's: who painted what
+    assert page.width == demo.MARGIN + 2 * (32 + demo.GAP)
+    assert (page.height - demo.GAP - rows * (32 + demo.GAP)) % demo.LINE == 0
+    assert demo.sheet("one two " * 40, ["1"], {}).height > demo.sheet("one two", ["1"], {}).height, "long prompts wrap"
+
+
+def test_the_demos_weights_are_laid_over_its_own_images(tiny):
+    made = paint(tiny, world.combinations("3")[0], "quiet", {"temperature": 0.01}, (1, 2))
+    laid = demo.overlays(made)
+    assert [image.size for image in laid] == [image.size for image in made.images]
+    changed = [np.abs(np.float64(a) - np.float64(b)).mean() for a, b in zip(laid, made.images)]
+    assert min(changed) > 1 and laid[0].tobytes() != laid[1].tobytes()
 
 
 def test_composlora_combines_a_character_with_every_choice_of_other_categories(tiny, tmp_path):
