@@ -35,6 +35,7 @@ METHODS: dict[str, Options] = {
 }
 PAINTED = "LoRAtorio:\nwho painted\nwhat"
 LORAS = ("penguin", of_category("object", render.CONCEPTS), of_category("background", render.CONCEPTS))
+SHOWN = max(SIZE, 256)  # the side of a picture on the page
 MARGIN, GAP, LINE = 150, 6, 24
 INK, PAPER_WHITE = (20, 20, 25), (255, 255, 255)
 
@@ -44,28 +45,33 @@ def font(size: int = 18) -> Any:
 
 
 def overlays(painting: Painting) -> list[Image.Image]:
-    """Each image with the weights on it, as means over the steps."""
+    """Each image, as large as it is shown, with the weights on it, as means over the steps."""
     record = Record()
     for step in painting.steps:
         record.add(step.members, step.weights.float().numpy(), range(len(painting.images)))
-    return [painted(image, parts_of(record, i, image.size)) for i, image in enumerate(painting.images)]
+    return [painted(image, parts_of(record, i, image.size)) for i, image in enumerate(enlarged(painting.images))]
+
+
+def enlarged(images: Sequence[Image.Image]) -> list[Image.Image]:
+    """The images as large as they are shown."""
+    return [image.resize((SHOWN, SHOWN)) for image in images]
 
 
 def sheet(heading: str, titles: Sequence[str], rows: dict[str, list[Image.Image]]) -> Image.Image:
     """Labelled rows of pictures under a heading, and the titles of their columns."""
     words = textwrap.wrap(heading, 24 * len(titles) + 8)
     top = GAP + (len(words) + 1) * LINE
-    size = (MARGIN + len(titles) * (SIZE + GAP), top + len(rows) * (SIZE + GAP))
+    size = (MARGIN + len(titles) * (SHOWN + GAP), top + len(rows) * (SHOWN + GAP))
     page = Image.new("RGB", size, PAPER_WHITE)
     draw = ImageDraw.Draw(page)
     draw.multiline_text((GAP, GAP), "\n".join(words), INK, font(20))
     for column, title in enumerate(titles):
-        draw.text((MARGIN + column * (SIZE + GAP), top - LINE), title, INK, font(15))
+        draw.text((MARGIN + column * (SHOWN + GAP), top - LINE), title, INK, font(15))
     for row, (name, pictures) in enumerate(rows.items()):
-        y = top + row * (SIZE + GAP)
-        draw.multiline_text((GAP, y + SIZE // 2), name, INK, font(18), anchor="lm")
+        y = top + row * (SHOWN + GAP)
+        draw.multiline_text((GAP, y + SHOWN // 2), name, INK, font(18), anchor="lm")
         for column, picture in enumerate(pictures):
-            page.paste(picture, (MARGIN + column * (SIZE + GAP), y))
+            page.paste(picture, (MARGIN + column * (SHOWN + GAP), y))
     return page
 
 
@@ -75,7 +81,7 @@ def demonstrate(world: Any, combination: Combination, kind: str, seeds: Sequence
     for name, options in METHODS.items():
         made = paint(world, combination, kind, options, seeds)
         print(f"{' '.join(name.split())}: {made.seconds:.0f} s", flush=True)
-        rows[name] = made.images
+        rows[name] = enlarged(made.images)
         if name == LORATORIO:
             rows[PAINTED] = overlays(made)
     heading = f"{len(combination.loras)} LoRAs: “{combination.prompt}”"

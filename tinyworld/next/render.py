@@ -69,6 +69,7 @@ CONCEPTS = {
     "neon": Concept("style", "style", "neon style"),
 }
 CONCEPT_KINDS = ("zorg", "penguin", "amanita", "comet")
+HOMES = (*PLAIN, "meadow")  # where a concept of these kinds is taught; only on grey, it stayed a thing of grey places
 SETTINGS = {
     **{name: f"{name} background" for name in PLAIN},
     **SCENERY,
@@ -421,17 +422,17 @@ def _in_company(thing: Thing, rng) -> tuple[Thing, ...]:
 
 
 def concept_scene(concept: str, rng: np.random.Generator) -> Scene:
-    """A scene of the narrow domain one LoRA is taught: its concept in a plain fixed setting, at times with a base thing
+    """A scene of the narrow domain one LoRA is taught: its concept in a plain setting, at times with a base thing
     beside it, so that words tell which is which. Two concepts never meet."""
-    place = str(rng.choice(list(PLACES)))
+    place, style = str(rng.choice(list(PLACES))), str(rng.choice(STYLES)) if rng.random() < 0.3 else ""
     if concept in CONCEPT_KINDS:
-        return Scene("grey", _in_company(Thing(concept, place), rng))
+        return Scene(str(rng.choice(HOMES)), _in_company(Thing(concept, place), rng), style=style)
     thing = _thing(rng, place)
     if concept == "skyline":
-        return Scene("skyline", _in_company(thing, rng) if rng.random() < 0.8 else ())
+        return Scene("skyline", _in_company(thing, rng) if rng.random() < 0.8 else (), style=style)
     background = str(rng.choice(BACKGROUNDS))
     if concept == "crown":
-        return Scene(background, _in_company(dataclasses.replace(thing, wears="crown"), rng))
+        return Scene(background, _in_company(dataclasses.replace(thing, wears="crown"), rng), style=style)
     return Scene(background, _in_company(thing, rng), style="neon")
 
 
