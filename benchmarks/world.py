@@ -31,8 +31,9 @@ KINDS = ("quiet", "leaky")
 OBJECTS = render.CONCEPT_KINDS
 PLACES = ("left", "right")
 SIZE = render.SIZE
-TOWNS = getattr(render, "TOWNS", ())
-BACKGROUNDS = (*(name for name in render.PLAIN if name != "grey"), *render.SCENERY, *TOWNS)  # grey: their home
+HOMES = getattr(render, "HOMES", ("grey",))
+SETTINGS = (*render.PLAIN, *render.SCENERY, *getattr(render, "TOWNS", ()))
+BACKGROUNDS = tuple(name for name in SETTINGS if name not in HOMES)
 
 
 @dataclass(frozen=True)
