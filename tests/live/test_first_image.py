@@ -71,6 +71,10 @@ def test_first_image(walk, browser, tmp_path):
             nonlocal shown
             shown += page.inner_text("body")
 
+        def show(name):
+            page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
+            shoot(page, name)
+
         def open_tab(name):
             page.locator("button", has_text=re.compile(rf"^\s*{name}\s*$")).filter(visible=True).first.click()
             page.wait_for_timeout(500)
@@ -86,7 +90,7 @@ def test_first_image(walk, browser, tmp_path):
         assert not ticked.is_checked() and says(page).is_hidden()
         choose(page, "txt2img_sampling", sampler)
         set_numbers(page, **numbers)
-        shoot(page, "closed")
+        show("closed")
         header.click()
         expect(ticked).to_be_checked()
         expect(says(page)).to_be_visible()
@@ -115,7 +119,7 @@ def test_first_image(walk, browser, tmp_path):
         composed = page.request.get(pictures[0]).body()
         page.locator("#txt2img_gallery .thumbnails button").nth(1).click()
         page.wait_for_timeout(1000)
-        shoot(page, "result")
+        show("result")
 
         seed = re.search(r"Seed: (\d+)", said)[1]
         page.click("#txt2img_reuse_seed")
