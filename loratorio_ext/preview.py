@@ -83,17 +83,15 @@ def cost_in_words(settings: Settings, loras: Sequence[Seen]) -> str:
         return "No LoRA to compose: name some in the prompt, or choose a pool."
     own = cost(settings, loras)
     noun = "1 LoRA" if count == 1 else f"{count} LoRAs"
-    text = f"{noun}: a step takes about as long as {as_factor(own)} plain ones."
-    if own < 1.05:
-        text = f"{noun}: a step takes about as long as a plain one."
+    plain = "a plain one" if own < 1.05 else f"{as_factor(own)} plain ones"
     cheaper = {}
     if settings.method == "loratorio":
         for name in PRESETS:
             other = cost(replace(settings, **preset_values(name)), loras)
             if other < own - 0.2:
                 cheaper[name] = other
-    said = ", ".join(f"{name} about {as_factor(other)}" for name, other in cheaper.items())
-    return f"{text} Preset {said}." if said else text
+    said = "".join(f", as {as_factor(other)} with preset {name}" for name, other in cheaper.items())
+    return f"{noun}: a step takes about as long as {plain}{said}."
 
 
 # --- presets ----------------------------------------------------------------------------------------------------------

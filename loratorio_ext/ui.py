@@ -88,7 +88,7 @@ def component(option: Option, elem_id: str) -> gr.components.Component:
         example = '{"knight": {"at": "left", "share": 2}, "city": {"steps": "0-0.5"}}'
         return gr.Textbox(lines=1, max_lines=8, placeholder=example, **{**common, "value": ""})
     if option.kind is bool:
-        return gr.Checkbox(**common)
+        return gr.Checkbox(**common, elem_classes=["loratorio-tick"])
     if option.choices:
         return gr.Radio(choices=list(option.choices), **common)
     if option.name == "temperature":  # six decades: no slider can be set to them
@@ -174,11 +174,12 @@ def thumbnail(lora: Listed) -> str:
 
 def remarks(lora: Seen, family: str | None) -> list[str]:
     """What is to be said of a LoRA beside its name and weight, as HTML."""
+    said = []
     if lora.lora is None:
-        return ['<b class="loratorio-bad">not found</b>']
-    made, claim, said = made_for(lora.lora.metadata, lora.lora.file), lora.claim, []
-    if made and family and family not in made.families:
+        said.append('<b class="loratorio-bad">not found</b>')
+    elif (made := made_for(lora.lora.metadata, lora.lora.file)) and family and family not in made.families:
         said.append(f'<b class="loratorio-bad">made for {made.text}, not {family}</b>')
+    claim = lora.claim
     said += ["from the pool"] if lora.pooled else []
     said += ["from a style"] if lora.styled else []
     said += ["in every pass"] if claim.base else []
@@ -258,7 +259,7 @@ def build_ui(tab: str, prompt: Any = None, styles: Any = None) -> tuple[list, li
                 choices=[*PRESETS, CUSTOM],
                 value="default",
                 label="Preset",
-                info="default: exact. balanced, fast: less time, for some detail. paper: as published.",
+                info="balanced and fast save time and lose some detail; paper is as published.",
                 elem_id=f"{prefix}_preset",
             )
             for option in groups.pop(""):
@@ -270,7 +271,8 @@ def build_ui(tab: str, prompt: Any = None, styles: Any = None) -> tuple[list, li
             gr.HTML(helps(prefix))
             for group, options in groups.items():
                 with gr.Group(elem_classes=["loratorio-group"]):
-                    gr.HTML(f"<h4>{html.escape(group)}</h4>", elem_classes=["loratorio-heading"])
+                    if group != options[0].label:
+                        gr.HTML(f"<h4>{html.escape(group)}</h4>", elem_classes=["loratorio-heading"])
                     for row in rows_of(options):
                         if isinstance(row[0], Lines):
                             (option,) = row

@@ -506,9 +506,12 @@ def test_a_loras_picture_and_what_it_was_made_for(webui):
     covered = pool.Listed("top hat", "/top hat.safetensors", "top hat", metadata={"ssmd_cover_images": "[...]"})
     assert 'src="./sd_extra_networks/cover-images?page=lora&amp;item=top%20hat"' in ui.thumbnail(covered)
     metadata = {"ss_base_model_version": "sdxl_base_v1-0"}
-    seen = webui.module("loratorio_ext.preview").Seen("a", "1", pool.Listed("a", "/a", "a", metadata=metadata))
+    preview = webui.module("loratorio_ext.preview")
+    seen = preview.Seen("a", "1", pool.Listed("a", "/a", "a", metadata=metadata))
     assert ui.remarks(seen, "SD 1") == ['<b class="loratorio-bad">made for SDXL, not SD 1</b>']
     assert ui.remarks(seen, "SDXL") == ui.remarks(seen, None) == []
+    missing = preview.Seen("b", "1", styled=True)
+    assert ui.remarks(missing, "SD 1") == ['<b class="loratorio-bad">not found</b>', "from a style"]
 
 
 def test_the_first_screen_is_short_and_everything_is_there(webui):

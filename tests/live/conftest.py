@@ -56,3 +56,12 @@ def host() -> Path:
 def tiny_data(host, tmp_path_factory) -> Callable[[str], tuple[Path, Path]]:
     """Function of a checkpoint family to a new data folder, with every LoRA file in it, and the checkpoint's path."""
     return lambda family: lay_out_data(host, tmp_path_factory.mktemp(family), family)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A browser; skips the tests where there is none."""
+    from tests.live.browsing import launched
+
+    with launched() as browser:
+        yield browser

@@ -90,6 +90,9 @@ class Neo(Forge):
         config = self.data / "config.json"
         chosen = {"sd_model_checkpoint": Path(checkpoint).name, "VERSION_UID": "PY313"}  # the latter: or it asks
         config.write_text(json.dumps(json.loads(config.read_text(encoding="utf-8")) | chosen), encoding="utf-8")
+        # From its second start on a prompt is pasted: this is what the first has left behind.
+        prompts = {f"{tab}/Prompt/value": "" for tab in ("txt2img", "img2img")}
+        (self.data / "ui-config.json").write_text(json.dumps(prompts), encoding="utf-8")
 
 
 def is_small(layer: Layer) -> bool:

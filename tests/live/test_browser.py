@@ -1,7 +1,6 @@
 """The panel in a browser, on real WebUIs: look, tick, generate, see who painted what, read the infotext back.
 
-Needs playwright from PyPI and a Chromium (LORATORIO_CHROMIUM, or /usr/bin/chromium); LORATORIO_AXE names the file
-axe.min.js of axe-core. Screenshots go to LORATORIO_SCREENSHOTS, if that is set.
+Needs what `browsing` does; LORATORIO_AXE names the file axe.min.js of axe-core.
 """
 
 import base64
@@ -13,20 +12,20 @@ import pytest
 from PIL import Image
 
 from tests.contract.rows import largest, mean
+from tests.live.browsing import choose, expect, generated, says, set_numbers, shoot, visited
 from tests.live.conftest import tiny_webui
 from tests.live.forge import Neo, small_webui
 from tests.live.webui import STYLE, decode_image
 
 pytestmark = pytest.mark.live
-playwright = pytest.importorskip("playwright.sync_api")
 
 HOSTS = {
     "a1111": lambda folders: tiny_webui("sd1", folders, ui=True),
     "neo": lambda folders: small_webui(Neo, folders, ui=True),
 }
 PROMPT = "a cat on a hill <lora:lora:0.9> <lora:locon:0.8>"
-QUIET = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
 TABS = ("txt2img", "img2img")
+QUICK = {"width": 64, "height": 64, "steps": 4}
 
 
 @pytest.fixture(scope="module", params=HOSTS)
@@ -35,32 +34,11 @@ def webui(request, tmp_path_factory):
         yield real
 
 
-@pytest.fixture(scope="module")
-def browser():
-    chromium = os.environ.get("LORATORIO_CHROMIUM", "/usr/bin/chromium")
-    if not Path(chromium).exists():
-        pytest.skip(f"there is no browser at {chromium}")
-    with playwright.sync_playwright() as driver:
-        playwright.expect.set_options(timeout=30_000)
-        browser = driver.chromium.launch(executable_path=chromium, args=list(QUIET))
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def page(webui, browser, request):
-    page = browser.new_page(viewport={"width": 1240, "height": 1100})
-    page.errors = errors = []
-    page.on("pageerror", lambda error: errors.append(f"{error}\n{error.stack}"))
-    page.goto(webui.url, wait_until="domcontentloaded")
-    page.wait_for_selector("#loratorio_txt2img-visible-checkbox", state="attached", timeout=120_000)
-    yield page
-    folder = os.environ.get("LORATORIO_SCREENSHOTS")
-    if folder:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=Path(folder) / f"{re.sub('[^a-z0-9]+', '-', request.node.name)}.png", full_page=True)
-    page.close()
-    assert errors == []
+    with visited(browser, webui.url) as page:
+        yield page
+        shoot(page, re.sub("[^a-z0-9]+", "-", request.node.name), full_page=True)
 
 
 def opened(page, tab="txt2img", prompt=PROMPT):
@@ -70,41 +48,17 @@ def opened(page, tab="txt2img", prompt=PROMPT):
         ).first.click()
     page.fill(f"#{tab}_prompt textarea", prompt)
     page.click(f"#loratorio_{tab} > .label-wrap")
-    playwright.expect(says(page, tab)).to_contain_text("a step takes")
-
-
-def says(page, tab="txt2img"):
-    """The part of the panel that says what will be composed."""
-    return page.locator(f"#loratorio_{tab}_found").first
-
-
-def choose(page, menu, entry):
-    page.click(f"#{menu} input")
-    page.locator(f"#{menu} li, ul.options li").filter(has_text=entry).first.click()
+    expect(says(page, tab)).to_contain_text("a step takes")
 
 
 def preset(page):
-    return playwright.expect(page.locator("#loratorio_txt2img_preset input"))
-
-
-def generated(page, count):
-    """The addresses of so many images in the gallery, small and quickly made, and the first one's infotext."""
-    for name, value in (("width", "64"), ("height", "64"), ("steps", "4")):
-        page.fill(f"#txt2img_{name} input[type=number]", value)
-        page.keyboard.press("Tab")
-    page.wait_for_timeout(3000)
-    page.errors.clear()  # the host's own, for every change of width or height, with our panel closed, too
-    page.click("#txt2img_generate")
-    thumbnails = page.locator("#txt2img_gallery .thumbnails button img")
-    playwright.expect(thumbnails).to_have_count(count, timeout=120_000)
-    addresses = [thumbnail.get_attribute("src") for thumbnail in thumbnails.all()]
-    return addresses, page.locator("#html_info_txt2img").first.inner_text()
+    return expect(page.locator("#loratorio_txt2img_preset input"))
 
 
 @pytest.mark.parametrize("tab", TABS)
 def test_loras_and_cost_are_said_while_the_prompt_is_typed(page, tab):
     opened(page, tab)
-    expected = playwright.expect(says(page, tab))
+    expected = expect(says(page, tab))
     expected.to_contain_text("2 LoRAs: a step takes about as long as 3 plain ones")
     page.fill(f"#{tab}_prompt textarea", f"{PROMPT} <lora:nowhere:1>")
     expected.to_contain_text("not found")
@@ -115,27 +69,27 @@ def test_loras_and_cost_are_said_while_the_prompt_is_typed(page, tab):
 def test_a_style_brings_its_loras(page):
     page.fill("#txt2img_prompt textarea", "a cat on a hill")
     page.click("#loratorio_txt2img > .label-wrap")
-    playwright.expect(page.locator("#loratorio_txt2img .loratorio-badge")).to_have_text(re.compile("no LoRA"))
+    expect(page.locator("#loratorio_txt2img .loratorio-badge")).to_have_text(re.compile("no LoRA"))
     choose(page, "txt2img_styles", STYLE[0])
-    playwright.expect(says(page)).to_contain_text("rank_1 0.7, from a style")
-    playwright.expect(page.locator("#loratorio_txt2img .loratorio-badge")).to_have_text("")
+    expect(says(page)).to_contain_text("rank_1 0.7, from a style")
+    expect(page.locator("#loratorio_txt2img .loratorio-badge")).to_have_text("")
 
 
 def test_a_loras_picture_is_shown(webui, page):
     Image.new("RGB", (16, 16), "red").save(webui.data / "models" / "Lora" / "lora.preview.png")
     opened(page)
     pictures = says(page).locator("img")
-    playwright.expect(pictures).to_have_count(1)
+    expect(pictures).to_have_count(1)
     page.wait_for_function("image => image.naturalWidth === 16", arg=pictures.first.element_handle())
 
 
 def test_a_preset_fills_in_and_a_changed_value_makes_it_custom(page):
     opened(page)
     choose(page, "loratorio_txt2img_preset", "fast")
-    playwright.expect(page.locator("#loratorio_txt2img_sets").first).to_contain_text("LoRAs refreshed per step 1")
+    expect(page.locator("#loratorio_txt2img_sets").first).to_contain_text("LoRAs refreshed per step 1")
     page.click("#loratorio_txt2img_advanced > .label-wrap")
     number = page.locator("#loratorio_txt2img_refresh input[type=number]")
-    playwright.expect(number).to_have_value("1")
+    expect(number).to_have_value("1")
     number.fill("2")
     page.keyboard.press("Tab")
     preset(page).to_have_value("custom")
@@ -147,17 +101,19 @@ def test_a_preset_fills_in_and_a_changed_value_makes_it_custom(page):
 def test_generate_and_see_who_painted_what_and_read_it_back(page):
     opened(page)
     page.check("#loratorio_txt2img_show_maps input")
+    set_numbers(page, **QUICK)
     _, text = generated(page, 4)
     assert "LoRAtorio version: " in text and "LoRAtorio show maps: True" in text
     page.uncheck("#loratorio_txt2img_show_maps input")
     page.fill("#txt2img_prompt textarea", text.partition("Time taken")[0])
     page.click("#paste")
-    playwright.expect(page.locator("#loratorio_txt2img_show_maps input")).to_be_checked()
-    playwright.expect(page.locator("#txt2img_prompt textarea")).to_have_value(PROMPT)
+    expect(page.locator("#loratorio_txt2img_show_maps input")).to_be_checked()
+    expect(page.locator("#txt2img_prompt textarea")).to_have_value(PROMPT)
 
 
 def test_an_image_made_from_the_panel_is_the_apis(webui, page):
     opened(page)
+    set_numbers(page, **QUICK)
     (address,), text = generated(page, 1)
 
     def said(key: str) -> str:
@@ -175,9 +131,9 @@ def test_everything_is_reached_by_keyboard(page):
     opened(page)
     page.focus("#loratorio_txt2img_show_maps input")
     page.keyboard.press("Tab")
-    playwright.expect(page.locator("#loratorio_txt2img_patch_size")).to_be_hidden()
+    expect(page.locator("#loratorio_txt2img_patch_size")).to_be_hidden()
     page.keyboard.press("Enter")
-    playwright.expect(page.locator("#loratorio_txt2img_patch_size")).to_be_visible()
+    expect(page.locator("#loratorio_txt2img_patch_size")).to_be_visible()
 
 
 def test_axe_finds_nothing_serious(page):
@@ -186,7 +142,7 @@ def test_axe_finds_nothing_serious(page):
         pytest.skip("LORATORIO_AXE does not name axe.min.js")
     opened(page)
     page.click("#loratorio_txt2img_advanced > .label-wrap")
-    playwright.expect(page.locator("#loratorio_txt2img_patch_size")).to_be_visible()
+    expect(page.locator("#loratorio_txt2img_patch_size")).to_be_visible()
     found = page.evaluate(
         "async (source) => { eval(source); const all = await axe.run('#loratorio_txt2img');"
         " return all.violations.map((each) => [each.id, each.impact, each.nodes.map((node) => node.html)]) }",
