@@ -83,7 +83,7 @@ ROWS = {
     "Rescale CFG": ({"RescaleCFG": {"args": [0.7]}}, {}),
     "Rescale CFG, reForge's": ({"RescaleCFG for reForge": {"args": [True, "Normal", 0.7]}}, {}),
     "Adaptive projected guidance": ({GUIDANCE: {"args": [True, 0.5, 0.18, 15.0, 1.0, False, 5.42, 0.28]}}, {}),
-    "Latent modifier": ({"LatentModifier Integrated": {"args": [True, 5.0]}}, {}),
+    "Latent modifier": ({"LatentModifier Integrated": {"args": [True, 100.0]}}, {}),
     "MultiDiffusion": ({"MultiDiffusion Integrated": {"args": [True, "Mixture of Diffusers", 128, 128, 64, 4]}}, LARGE),
     "Forge Couple": (couple(), {"prompt": COUPLED["prompt"].replace("{}", "{te=0}"), "batch_size": 2}),
 }
