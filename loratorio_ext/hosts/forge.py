@@ -228,7 +228,7 @@ class ForgeSampling:
         unet.add_extra_preserved_memory_during_sampling(room_for(loras))
         self.hooked = ExitStack()
         self.hooked.callback(self.replace_evaluation(unet))
-        self.hooked.enter_context(alone(unet.model, lambda: self.at_work, self.refuse_call))
+        self.hooked.enter_context(alone(unet.model, lambda: self.at_work, self.refuse_call, self.patcher_options))
         model.forge_objects.unet = unet
 
     @property
@@ -239,6 +239,10 @@ class ForgeSampling:
         self.hooked.close()
         if self.progress is not None:
             self.progress.close()
+
+    def patcher_options(self) -> dict:
+        """The UNet patcher's options as they are now; scripts that are run later put others in its place."""
+        return self.p.sd_model.forge_objects.unet.model_options
 
     def refuse_call(self, who: str) -> Exception:
         """The error for a call of the model that is not the composition's."""

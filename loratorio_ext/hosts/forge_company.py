@@ -13,7 +13,16 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from loratorio_ext.hosts.forge_backends import WRAPPER
-from loratorio_ext.hosts.neighbours import below, company, functions_in, named, neighbour_at_work, owner, owner_of_file
+from loratorio_ext.hosts.neighbours import (
+    OURS,
+    below,
+    company,
+    functions_in,
+    named,
+    neighbour_at_work,
+    owner,
+    owner_of_file,
+)
 
 
 def functions_of(options: Any) -> Iterator[Callable]:
@@ -112,12 +121,15 @@ class Watched(dict):
 
 
 @contextmanager
-def alone(model: Any, ours: Callable[[], bool], refuse: Callable[[str], Exception]) -> Iterator[None]:
-    """While entered, the model answers only while ``ours()`` is true; ``refuse`` is told who else has called it."""
+def alone(
+    model: nn.Module, ours: Callable[[], bool], refuse: Callable[[str], Exception], options: Callable[[], Mapping]
+) -> Iterator[None]:
+    """While entered, the model answers only while ``ours()`` is true; ``refuse`` is told who else has called it:
+    an extension, or a function among ``options()``, the patcher's."""
 
     def look(_module: nn.Module, _args: tuple) -> None:
         if not ours():
-            raise refuse(caller())
+            raise refuse(caller(options()))
 
     handle = model.diffusion_model.register_forward_pre_hook(look)
     try:
@@ -126,13 +138,16 @@ def alone(model: Any, ours: Callable[[], bool], refuse: Callable[[str], Exceptio
         handle.remove()
 
 
-def caller() -> str:
-    """The nearest caller that is an extension, built in or not."""
+def caller(options: Mapping) -> str:
+    """The nearest caller that is an extension, built in or not, or one of the functions in a patcher's options."""
     found = neighbour_at_work()
     frame = sys._getframe(1)
     built_in = [each for each in extensions.extensions if each.is_builtin]
+    functions = {each.__code__: each for outer in functions_of(options) for each in functions_in(outer)}
     while frame is not None and found == "another extension":
         file = os.path.realpath(frame.f_code.co_filename)
         found = next((each.name for each in built_in if below(file, each.path)), found)
+        if found == "another extension" and frame.f_code in functions and not below(file, OURS):
+            found = name_of(functions[frame.f_code])
         frame = frame.f_back
     return found
