@@ -129,14 +129,11 @@ def places_and_shares(claims: Sequence[Claim], like: Tensor, image_of_row: Seque
     return {name: None if each is None else each.to(like.device) for name, each in found.items()}
 
 
-MERGE_HEEDS_NONE = "method merge knows no place, share or steps of a LoRA: all act everywhere, all the time"
-
-
 def not_heeded(method: str, claims: Iterable[Claim]) -> str | None:
     """What the method cannot make of these claims, in words for the user."""
     claims = list(claims)
     if method == "merge" and any(replace(claim, base=False, words=()) != Claim() for claim in claims):
-        return MERGE_HEEDS_NONE
+        return "method merge knows no place, share or steps of a LoRA: all act everywhere, all the time"
     if method == "switch" and any(claim.placed or claim.share != 1 for claim in claims):
         return "method switch knows no place and no share of a LoRA: whose turn it is has the whole image"
     return None

@@ -16,7 +16,6 @@ from modules.sd_samplers_common import InterruptedException
 from torch import Tensor
 
 from loratorio_ext.claims import (
-    MERGE_HEEDS_NONE,
     Claim,
     Tagged,
     claims_of,
@@ -128,8 +127,10 @@ def check_tags(p: Any) -> bool:
 
 def tell_of_merge(generation: Generation) -> None:
     """Note what tags ask for and the sum of the LoRAs' weights cannot have."""
-    if any(parts_of_tag(params.items) for params in asked_loras(generation.p)) or generation.settings.loras:
-        generation.note(MERGE_HEEDS_NONE)
+    said = [parts_of_tag(params.items) for params in asked_loras(generation.p)]
+    note = not_heeded("merge", map(Claim.of, [*said, *generation.settings.loras.values()]))
+    if note:
+        generation.note(note)
 
 
 def tell_of_none(generation: Generation) -> None:

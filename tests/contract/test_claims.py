@@ -173,3 +173,11 @@ def test_a_method_that_knows_no_place_says_so(contract, method):
     composed = contract.composed({"method": method}, prompt=f"{CAT} <lora:lora:1:at=left> <lora:locon:0.8>")
     assert same(composed, contract.composed({"method": method}, prompt=TWO))
     assert f"method {method} knows no place" in composed.infotext
+
+
+def test_merge_says_nothing_of_parts_that_it_heeds_as_they_are(contract):
+    """Of trigger words, and of a LoRA in every pass: of the sum they change nothing."""
+    prompt = f"{CAT} <lora:lora:1:words=zorg> <lora:locon:0.8:base=1>"
+    composed = contract.composed({"method": "merge"}, prompt=prompt)
+    assert same(composed, contract.composed({"method": "merge"}, prompt=TWO))
+    assert "knows no place" not in composed.infotext
