@@ -145,7 +145,7 @@ def test_an_edit_model_keeps_the_image_that_it_refers_to(editing, guidance):
     other = row | {"image": 255 - image}
     rows = [each | {"prompt": prompt} for each in (row, other) for prompt in (PLAIN, ONE, f"{PLAIN} <lora:a:0:0.8>")]
     before = [editing.plain(**each) for each in rows]
-    assert mean(before[0].images, before[3].images) >= UNSHARED  # it is looked at
+    assert mean(before[0].images, before[3].images) > 0.05  # it is looked at
     for each, expected in zip(rows, before):
         if editing.host in READS_IMAGES and "<lora:a:0.8>" in each["prompt"]:
             with pytest.raises(RequestError) as caught:
