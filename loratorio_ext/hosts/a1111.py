@@ -95,6 +95,9 @@ logger = logging.getLogger("loratorio")
 PROBES = 3
 """In so many steps of a pass the host's own calls are made once more in company: some remember only after the first."""
 
+CONTROL_LORAS = "controlnet_control_loras"
+"""Where ControlNet keeps, on ``p``, control models that it has made of the UNet's own layers."""
+
 
 # --- one call of the host's denoiser ----------------------------------------------------------------------------------
 
@@ -365,6 +368,11 @@ class A1111Sampling:
             raise UnsupportedError(
                 f"LoRAtorio: {named(meddlers)} decides by itself where the prompt's LoRAs act, so they cannot be "
                 "composed; switch it off, or LoRAtorio"
+            )
+        if getattr(self.p, CONTROL_LORAS, None):
+            raise UnsupportedError(
+                "LoRAtorio: a control LoRA of ControlNet's reads the model's own weights with all LoRAs in them, and "
+                "what it would be for a single one is not known; switch it off, or LoRAtorio"
             )
         model = shared.sd_model
         modules = (model, self.denoiser.inner_model, *model.model.modules())

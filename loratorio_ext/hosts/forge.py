@@ -25,7 +25,15 @@ from loratorio_ext.costs import rows_by_step
 from loratorio_ext.errors import UnsupportedError
 from loratorio_ext.generation import Generation
 from loratorio_ext.hosts.forge_backends import WRAPPER, backend_of
-from loratorio_ext.hosts.forge_company import Company, Watched, alone, name_of
+from loratorio_ext.hosts.forge_company import (
+    Company,
+    Watched,
+    alone,
+    controls_of,
+    made_of,
+    name_of,
+    name_of_control,
+)
 from loratorio_ext.hosts.forge_loras import (
     NOTHING,
     LoadedLora,
@@ -220,7 +228,7 @@ class ForgeSampling:
         unet.add_extra_preserved_memory_during_sampling(room_for(loras))
         self.hooked = ExitStack()
         self.hooked.callback(self.replace_evaluation(unet))
-        self.hooked.enter_context(alone(unet.model, lambda: self.at_work, self.refuse_call))
+        self.hooked.enter_context(alone(unet.model, lambda: self.at_work, self.refuse_call, self.patcher_options))
         model.forge_objects.unet = unet
 
     @property
@@ -231,6 +239,10 @@ class ForgeSampling:
         self.hooked.close()
         if self.progress is not None:
             self.progress.close()
+
+    def patcher_options(self) -> dict:
+        """The UNet patcher's options as they are now; scripts that are run later put others in its place."""
+        return self.p.sd_model.forge_objects.unet.model_options
 
     def refuse_call(self, who: str) -> Exception:
         """The error for a call of the model that is not the composition's."""
@@ -389,7 +401,9 @@ class ForgeSampling:
     def meet_company(self, step: HostStep, number: int) -> None:
         """Look who else takes part, and take each LoRA's text for this step, with what others have put around the
         host's."""
-        self.company = Company(step.model, step.options)
+        if self.steps == 1:
+            self.check_controls(step)
+        self.company = Company(step.model, step.options, step.entries)
         if self.company:
             self.generation.note(f"beside {self.company} one LoRA after the other was evaluated, which takes longer")
         self.text: dict[int, list[Any]] = {}
@@ -410,6 +424,16 @@ class ForgeSampling:
             self.text[index] = [affix.around(text) for affix, text in zip(affixes, texts)]
 
     @staticmethod
+    def check_controls(step: HostStep) -> None:
+        """Raises `UnsupportedError` for a control model in which the host's LoRAs would act, too."""
+        for control in controls_of(step.entries):
+            if made_of(control, step.model):
+                raise UnsupportedError(
+                    f"LoRAtorio: {name_of_control(control)} is made of the model's own weights with all LoRAs in them, "
+                    "and what it would be for a single one is not known; switch it off, or LoRAtorio"
+                )
+
+    @staticmethod
     def comparable(own: Any, given: Any) -> Any:
         """A conditioning of ours with just what an entry of the host's tells of its own."""
         return {key: own[key] for key in given} if isinstance(given, dict) else own
@@ -417,7 +441,7 @@ class ForgeSampling:
     def predict(self, step: HostStep, plan: Plan) -> ComposedStep:
         """One prediction an AND part and image, ``[J * B, C, H, W]``, and an unconditional one an image."""
         parts, everything = len(step.cond), len(step.entries)
-        one_by_one = bool(self.company) or self.is_padded(step)
+        one_by_one = bool(self.company) or self.is_padded(step) or self.backend.counts_rows()
         each = everything if plan.uncond or one_by_one else parts
         host_rows = [(plan.host, entry) for entry in range(everything)]
         isolated = [[(lora, entry) for entry in range(each)] for lora in plan.isolated]

@@ -50,6 +50,10 @@ class Backend(Protocol):
     def encoding(self, model: Any) -> Any:
         """A context in which prompts may be encoded once more, without the host's own conditionings losing anything."""
 
+    def counts_rows(self) -> bool:
+        """Whether the model goes by how many rows the host gives it (to each of them it adds an image that it refers
+        to): then rows of several LoRAs cannot share a batch."""
+
     def evaluate(self, model: Any, cond: list, uncond: list | None, x: Tensor, sigma: Tensor, options: dict) -> None:
         """Run the model on these entries, in as many calls as the host thinks fit."""
 
@@ -61,7 +65,8 @@ class Backend(Protocol):
 
 
 class Plain:
-    """Nothing is known that cannot be isolated, files are as they are, and encoding a prompt leaves no trace."""
+    """Nothing is known that cannot be isolated, files are as they are, encoding a prompt leaves no trace, and a model
+    does not care how many rows it is given."""
 
     def check(self, p: Any) -> None:
         pass
@@ -72,6 +77,9 @@ class Plain:
     @contextmanager
     def encoding(self, model: Any) -> Iterator[None]:
         yield
+
+    def counts_rows(self) -> bool:
+        return False
 
 
 class PatchesByParameter:
@@ -243,6 +251,11 @@ class Neo(Plain, PatchesByParameter, PreparedEvaluation):
             yield
         finally:
             dynamic_args.ref_latents = references
+
+    def counts_rows(self) -> bool:
+        from backend.args import dynamic_args
+
+        return bool(dynamic_args.ref_latents) or dynamic_args.concat_latent is not None
 
     def read(self, networks: ModuleType, file: str) -> dict[str, Tensor]:
         weights = networks.load_lora_state_dict(file)

@@ -157,7 +157,12 @@ def as_published(family, state):
     return rest | {n: v.contiguous() for n, v in names.process_clip_state_dict_for_saving(text).items()}
 
 
-MODULES = {"text_encoders.qwen3_4b.transformer.": "qwen3.", "text_encoders.gemma2_2b.transformer.": "gemma2."}
+MODULES = {
+    "text_encoders.qwen3_4b.transformer.": "qwen3.",
+    "text_encoders.gemma2_2b.transformer.": "gemma2.",
+    "text_encoders.qwen3_06b.transformer.": "qwen3_06b.",
+    "text_encoders.ministral3_3b.transformer.": "ministral3.",
+}
 """What the host calls a text encoder, where that is not its name in the checkpoint."""
 
 

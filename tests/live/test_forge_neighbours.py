@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from tests.contract.rows import TOLERANCE, Contract, largest, mean
 from tests.live.forge import REFERENCE, ROOT, Forge, Neo, ReForge, lay_out_small_data
-from tests.live.neighbours.control_models import controlnet
+from tests.live.neighbours.control_models import control_lora, controlnet
 from tests.live.webui import RequestError, encode_image
 
 pytestmark = pytest.mark.live
@@ -60,6 +60,10 @@ def couple() -> dict:
 COUPLED = {"prompt": "a cat on a hill {}\na red boat in the rain", "batch_size": 2}
 """A line for each half."""
 LARGE = {"width": 192, "height": 192}
+HIRES = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7}
+GUIDANCE = '"APG\'s now your CFG" and Guidance Limiter for reForge'
+SHOWN = {"show_mahiro": True, "show_rescale_cfg": True}
+"""Neo's options without which it has no such scripts."""
 
 ROWS = {
     "ControlNet, balanced": (control(), {}),
@@ -67,20 +71,31 @@ ROWS = {
     "ControlNet is more important": (control(control_mode="ControlNet is more important"), {"batch_size": 2}),
     "ControlNet in the middle of the steps": (control(guidance_start=0.3, guidance_end=0.7), {}),
     "ControlNet, AND": (control(), {"prompt": f"{PLAIN} {{}} AND a red boat"}),
-    "ControlNet, hires": (control(), {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent"}),
+    "ControlNet, hires": (control(), HIRES),
     "IP-Adapter": (control(module="CLIP-ViT-H (IPAdapter)", model="small_ip-adapter"), {}),
     "Kohya HRFix": ({"Kohya HRFix Integrated": {"args": [True, 1, 2.0, 0.0, 0.6, True, "bicubic", "bicubic"]}}, {}),
-    "Dynamic thresholding": ({"DynamicThresholding (CFG-Fix) Integrated": {"args": [True, 3.0]}}, {}),
+    # Forge takes this for mimic scale 1, reForge for its simple mode, with mimic scale 1.
+    "Dynamic thresholding": ({"DynamicThresholding (CFG-Fix) Integrated": {"args": [True, 1, 1.0]}}, {}),
     "StyleAlign": ({"StyleAlign Integrated": {"args": [True, 1.0]}}, {"batch_size": 2}),
     "HyperTile": ({"HyperTile Integrated": {"args": [True, 64, 2, 0, False]}}, LARGE),
     "MaHiRo": ({"MaHiRo": {"args": [True]}}, {}),
+    "MaHiRo, reForge's": ({"Mahiro CFG for reForge": {"args": [True]}}, {}),
     "Rescale CFG": ({"RescaleCFG": {"args": [0.7]}}, {}),
+    "Rescale CFG, reForge's": ({"RescaleCFG for reForge": {"args": [True, "Normal", 0.7]}}, {}),
+    "Adaptive projected guidance": ({GUIDANCE: {"args": [True, 0.5, 0.18, 15.0, 1.0, False, 5.42, 0.28]}}, {}),
+    "Latent modifier": ({"LatentModifier Integrated": {"args": [True, 100.0]}}, {}),
+    "MultiDiffusion": ({"MultiDiffusion Integrated": {"args": [True, "Mixture of Diffusers", 128, 128, 64, 4]}}, LARGE),
     "Forge Couple": (couple(), {"prompt": COUPLED["prompt"].replace("{}", "{te=0}"), "batch_size": 2}),
 }
 """Scripts' arguments by name, and payload by row. ``{}`` in a prompt is where the LoRAs are named."""
 
+MODES_OF_CONTROL = ("ControlNet, my prompt is more important", "ControlNet is more important")
+"""reForge's API takes every one for "balanced"."""
+
 REFUSED = {
+    "ControlNet, a control LoRA": (control(model="small_control-lora"), {}, "ControlLora"),
     "SAG": ({"SelfAttentionGuidance Integrated (SD 1.x, SD 2.x, SDXL)": {"args": [True]}}, {}, "sag"),
+    "SAG, reForge's": ({"SelfAttentionGuidance Integrated": {"args": [True]}}, {}, "sag"),
     "PAG": ({"PerturbedAttentionGuidance Integrated": {"args": [True]}}, {}, "perturbed"),
     "Forge Couple": (couple(), COUPLED, COUPLE),
 }
@@ -94,9 +109,12 @@ def lay_out(folder: Path) -> tuple[Path, Path]:
     if neighbours and (Path(neighbours) / COUPLE).is_dir():
         extensions.append(Path(neighbours) / COUPLE)
     data, checkpoint = lay_out_small_data(folder, tuple(extensions))
+    config = data / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text(encoding="utf-8")) | SHOWN), encoding="utf-8")
     models, loras = data / "models" / "ControlNet", data / "models" / "Lora"
     models.mkdir(exist_ok=True)
     save_file(controlnet(checkpoint), models / "small_control.safetensors")
+    save_file(control_lora(checkpoint), models / "small_control-lora.safetensors")
     save_file(ip_adapter(), models / "small_ip-adapter.safetensors")
     (loras / "lora_copy.safetensors").write_bytes((loras / "lora.safetensors").read_bytes())
     return data, checkpoint
@@ -116,7 +134,7 @@ def contract(request, tmp_path_factory) -> Iterator[Contract]:
 
 @pytest.fixture(scope="module")
 def picture(contract) -> np.ndarray:
-    return contract.webui.txt2img(prompt="a red boat", seed=7, steps=1).images[0]
+    return contract.webui.txt2img(prompt="a red boat", seed=7, steps=1).made[0]
 
 
 class Beside:
@@ -129,8 +147,12 @@ class Beside:
         if missing:
             pytest.skip(f"{contract.host} has no {missing[0]}")
         self.scripts = json.loads(json.dumps(scripts))
-        for unit in self.scripts.get("ControlNet", {"args": []})["args"]:
-            unit["image"] = encode_image(picture)
+        if "ControlNet" not in scripts:
+            return
+        listed = contract.webui.get("/controlnet/model_list")["model_list"]
+        models = {name.partition(" [")[0]: name for name in listed}  # some hosts add a hash
+        for unit in self.scripts["ControlNet"]["args"]:
+            unit |= {"image": encode_image(picture), "model": models[unit["model"]]}
 
     def __call__(self, tags: str, options: dict | None = None, alone: bool = False):
         prompt = self.payload.get("prompt", f"{PLAIN} {{}}")
@@ -146,19 +168,24 @@ ONE_TAG, COPIED_TAGS, TWO_TAGS = (each.removeprefix(f"{PLAIN} ") for each in (ON
 
 @pytest.mark.parametrize("row", ROWS)
 def test_one_lora_is_the_hosts_own_image(contract, picture, row):
+    if row in MODES_OF_CONTROL and contract.host == "reforge":
+        pytest.skip("reForge's API takes this mode for another")
     beside = Beside(contract, picture, *ROWS[row])
-    own, two = beside(ONE_TAG), beside(TWO_TAGS)
-    assert mean(own.images, beside(ONE_TAG, alone=True).images) > 0.05  # it does take part
-    assert largest(beside(ONE_TAG, EXACT).images, own.images) <= TOLERANCE
-    assert largest(beside(COPIED_TAGS, EXACT).images, own.images) <= TOLERANCE
-    assert mean(beside(TWO_TAGS, {}).images, two.images) > 0.3
+    try:
+        own, two = beside(ONE_TAG), beside(TWO_TAGS)
+    except RequestError as error:
+        pytest.skip(f"{contract.host} by itself fails: {error}")
+    assert mean(own.made, beside(ONE_TAG, alone=True).made) > 0.05  # it does take part
+    assert largest(beside(ONE_TAG, EXACT).made, own.made) <= TOLERANCE
+    assert largest(beside(COPIED_TAGS, EXACT).made, own.made) <= TOLERANCE
+    assert mean(beside(TWO_TAGS, {}).made, two.made) > 0.3
     for tags, earlier in ((ONE_TAG, own), (TWO_TAGS, two)):
-        assert all(map(np.array_equal, earlier.images, beside(tags).images))
+        assert all(map(np.array_equal, earlier.made, beside(tags).made))
 
 
 def test_a_controlnet_of_no_weight_is_none(contract, picture):
     beside = Beside(contract, picture, control(weight=0.0), {})
-    assert largest(beside(TWO_TAGS, {}).images, beside(TWO_TAGS, {}, alone=True).images) <= TOLERANCE
+    assert largest(beside(TWO_TAGS, {}).made, beside(TWO_TAGS, {}, alone=True).made) <= TOLERANCE
 
 
 @pytest.mark.parametrize("row", REFUSED)
@@ -166,10 +193,10 @@ def test_what_cannot_be_right_is_refused_by_name(contract, picture, row):
     scripts, payload, name = REFUSED[row]
     beside = Beside(contract, picture, scripts, payload)
     before = beside(ONE_TAG), beside(ONE_TAG, alone=True)
-    assert mean(before[0].images, before[1].images) > 0.05
+    assert mean(before[0].made, before[1].made) > 0.05
     with pytest.raises(RequestError) as caught:
         beside(ONE_TAG, EXACT)
     assert caught.value.status == 422
     assert name in caught.value.body
     for earlier, alone in zip(before, (False, True)):
-        assert all(map(np.array_equal, earlier.images, beside(ONE_TAG, alone=alone).images))
+        assert all(map(np.array_equal, earlier.made, beside(ONE_TAG, alone=alone).made))

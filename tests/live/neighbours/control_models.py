@@ -57,6 +57,21 @@ def controlnet(checkpoint: Path, gain: float = 0.3) -> dict[str, Tensor]:
     return {f"control_model.{key}": value for key, value in (encoder | ours).items()}
 
 
+def control_lora(checkpoint: Path, rank: int = 4) -> dict[str, Tensor]:
+    """A ControlNet whose encoder is the UNet's own, plus a low-rank product at its convolutions."""
+    found = {}
+    for name, weight in controlnet(checkpoint).items():
+        name = name.removeprefix("control_model.")
+        if not name.startswith(ENCODER) or weight.ndim == 1:
+            found[name] = weight
+        elif weight.ndim == 4:
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            layer, inner = name.removesuffix(".weight"), weight[0].numel()
+            found[f"{layer}.up"] = torch.randn(len(weight), rank, 1, 1, generator=generator) * 0.1
+            found[f"{layer}.down"] = torch.randn(rank, *weight.shape[1:], generator=generator) / inner**0.5
+    return found | {"lora_controlnet": torch.zeros(1)}
+
+
 def t2i_adapter(width: int, gain: float = 0.5) -> dict[str, Tensor]:
     """Two blocks a level, of the widths 1, 2, 4 and 4 times ``width``; depends on the picture alone."""
     widths = [width, 2 * width, 4 * width, 4 * width]
@@ -73,13 +88,15 @@ def t2i_adapter(width: int, gain: float = 0.5) -> dict[str, Tensor]:
 
 
 def write_control_models(checkpoint: Path, folder: Path) -> None:
-    """``tiny_control``, ``tiny_shuffle`` (the same: by its name ControlNet lets it act globally), ``tiny_adapter``."""
+    """``tiny_control``, ``tiny_shuffle`` (the same: by its name ControlNet lets it act globally), ``tiny_adapter``,
+    ``tiny_control_lora``."""
     folder.mkdir(parents=True, exist_ok=True)
     network = controlnet(checkpoint)
     for name in ("tiny_control", "tiny_shuffle"):
         save_file(network, folder / f"{name}.safetensors")
     width = network["control_model.input_blocks.0.0.weight"].shape[0]
     save_file(t2i_adapter(width), folder / "tiny_adapter.safetensors")
+    save_file(control_lora(checkpoint), folder / "tiny_control_lora.safetensors")
 
 
 def write_detector(path: Path) -> None:

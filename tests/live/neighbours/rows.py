@@ -210,6 +210,8 @@ CONTROLNET = [
     ),
     Row("controlnet", "batch of 2", controlnet(unit()), {"batch_size": 2}, brute_force=True),
     Row("controlnet", "img2img", controlnet(unit()), {"image": picture(), "denoising_strength": 0.8}),
+    # It reads the UNet's own weights, LoRAs included.
+    Row("controlnet", "control LoRA", controlnet(unit(model="tiny_control_lora")), expected=REFUSES),
     # They draw noise in every call, and in the first also their latents: no call is like another.
     Row("controlnet", "reference_only", controlnet(reference("reference_only")), expected=REFUSES),
     Row(

@@ -105,6 +105,8 @@ def small_encoders():
             each.name for each in getattr(kind, "__dataclass_fields__", {}).values()
         }:
             setattr(llama, name, lambda kind=kind: replace(kind(), **LLM))
+    width, heads, adapter = LLM["hidden_size"], LLM["num_attention_heads"], llama.LLMAdapter
+    llama.LLMAdapter = lambda: adapter(width, width, width, num_layers=2, num_heads=heads)
     from_pretrained = transformers.CLIPTextConfig.from_pretrained
 
     def shallow(path):
