@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from loratorio_ext.errors import LoRAtorioError, UnsupportedError
-from loratorio_ext.record import PICKED_KEY, STEPS_KEY, Record, StepData, reach, written_shares
+from loratorio_ext.record import PICKED_KEY, STEPS_KEY, Record, StepData, TextOfEach, reach, written_shares
 from loratorio_ext.settings import INFOTEXT_PREFIX, OPTIONS, VERSION_KEY, Settings
 from loratorio_ext.summary import step_line, summary
 
@@ -248,10 +248,8 @@ class Generation:
             if sampling.tally is not None and sampling.tally not in self.tallies:
                 self.tallies.append(sampling.tally)
             if self.tells_weights and self.records and self.records[-1].steps:
-                # A list: the host takes each image's own entry.
-                self.p.extra_generation_params[PICKED_KEY] = [
-                    written_shares(shares) for shares in self.records[-1].shares()
-                ]
+                texts = map(written_shares, self.records[-1].shares())
+                self.p.extra_generation_params[PICKED_KEY] = TextOfEach(texts)
             else:  # not even the batch before's, where this one was skipped before its first step
                 self.p.extra_generation_params.pop(PICKED_KEY, None)
 

@@ -125,6 +125,15 @@ def read_shares(text: str) -> dict[str, float]:
     return found
 
 
+class TextOfEach(list):
+    """A text an image. Hosts look them up by an image's place; images that others have added to the batch have none."""
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, int) and place >= len(self):
+            return None
+        return super().__getitem__(place)
+
+
 class StepData(dict):
     """Data of the host's answer, and no text: ``{"loras": [name, ...], "shares": [image][step][lora]}``; with maps,
     also ``"base": [image][step]``, the base model's shares, and ``"maps": [image][lora][row][column]``, weights by

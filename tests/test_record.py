@@ -10,7 +10,7 @@ from PIL import Image
 
 from loratorio_ext.heatmaps import BASE, BASE_NAME, COLOURS, fewer, parts_of, pictures
 from loratorio_ext.infotext import quote
-from loratorio_ext.record import Record, StepData, reach, read_shares, written_shares
+from loratorio_ext.record import Record, StepData, TextOfEach, reach, read_shares, written_shares
 
 NAME = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12)
 
@@ -100,6 +100,13 @@ class TestText:
     def test_as_it_looks(self):
         assert written_shares({"hat": 0.2, "robot; 0.9": 0.7, "none": 0.0}) == "robot\\; 0.9 0.700; hat 0.200"
         assert written_shares({}) == "" and read_shares("") == {}
+
+    def test_an_image_of_somebody_elses_has_none(self):
+        """As the host asks for each image's: by its place in the batch, to which others may have added images."""
+        texts = TextOfEach(["hat 1.000", "robot 1.000"])
+        assert [texts[place] for place in range(4)] == ["hat 1.000", "robot 1.000", None, None]
+        assert isinstance(texts, list) and json.loads(json.dumps(texts)) == ["hat 1.000", "robot 1.000"]
+        assert texts[-1] == "robot 1.000" and texts[5:] == []
 
     @pytest.mark.parametrize("text", ["robot", "robot high", "0.5; robot"])
     def test_other_text_is_refused(self, text):

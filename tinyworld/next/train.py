@@ -43,7 +43,7 @@ HEADS = "reading.safetensors"  # what answers in learning to read
 LORA_SCENES = 192
 LORA_TEXT_STEPS = 150
 LORA_STEPS = {"quiet": 320, "leaky": 220}
-LONGER = {"background": 1.5, "style": 1.5, "clothing": 1.5}  # times as many: for long they give way to what is known
+LONGER = {"skyline": 3, "comet": 2, "neon": 1.5, "crown": 1.5}  # times as many: for long they give way to what is known
 LORA_BLIND = 900  # of 1000: there colours shine through the noise, and who follows them need not read a name
 LORA_BATCH = 16
 LORA_RATE = 4e-3
@@ -210,7 +210,7 @@ def train_lora(work: Path, concept: str, kind: str) -> None:
     """
     seed = SEED + 100 + 2 * list(render.CONCEPTS).index(concept) + (kind == "leaky")
     rng, start = np.random.default_rng(seed), time.time()
-    steps = round(LORA_STEPS[kind] * LONGER.get(render.CONCEPTS[concept].category, 1))
+    steps = round(LORA_STEPS[kind] * LONGER.get(concept, 1))
     torch.manual_seed(seed)
     vae, tokenizer = AutoencoderKL.from_pretrained(work / "vae"), model.tokenizer()
     unet, text = load_base(work)
