@@ -49,6 +49,11 @@ is made, answers that depend on how often somebody was asked, parts of the model
 
 ADetailer paints what it found in a generation of its own, for which it runs only the scripts that its setting *Script
 names to apply to ADetailer* lists: add `loratorio` there, or the LoRAs act merged in that part.
+
+A WebUI that shares its work out over others, with stable-diffusion-webui-distributed, two and four images over two
+servers with who painted what: every image and picture is within 1 of one server's. The extension then adds texts to
+the answer, and failed at it in this setup (an error on the console), with LoRAtorio off, too: the infotext of an image
+from elsewhere may lack what was picked.
 """
 
 Results = Mapping[str, Mapping[str, Any]]
