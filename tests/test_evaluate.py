@@ -434,6 +434,8 @@ def test_the_demo_labels_every_method_and_lora(tiny, monkeypatch):
     rows = len(demo.METHODS) + 1  # below LoRAtorio's: who painted what
     assert page.width == demo.MARGIN + 2 * (32 + demo.GAP)
     assert (page.height - demo.GAP - rows * (32 + demo.GAP)) % demo.LINE == 0
+    size = (demo.MARGIN + 32 + demo.GAP, demo.GAP + 2 * demo.LINE + 32 + demo.GAP)
+    assert demo.sheet("one two", ["1"], {"a method": [Image.new("RGB", (32, 32))]}).size == size
     assert demo.sheet("one two " * 40, ["1"], {}).height > demo.sheet("one two", ["1"], {}).height, "long prompts wrap"
 
 
