@@ -13,9 +13,6 @@ from PIL import Image
 from benchmarks.variants import Options
 from benchmarks.world import render
 
-TELLS = hasattr(render, "region")
-"""Whether the world's renderer says where a scene's concepts are."""
-
 
 def written(mask: Image.Image) -> str:
     """A mask as the option ``loras`` takes it."""
@@ -25,14 +22,7 @@ def written(mask: Image.Image) -> str:
 
 
 def informed(combination: Any, names: dict[str, str], options: Options) -> dict[str, Any]:
-    """Options with a mask for each concept that the scene names; ``names``: the LoRAs' own, by concept.
-
-    Raises `SystemExit` in a world whose renderer does not tell where they are.
-    """
-    if not TELLS:
-        raise SystemExit(
-            "This world's renderer does not tell where things are; the next one's does: LORATORIO_WORLD=next"
-        )
+    """Options with a mask for each concept that the scene names; ``names``: the LoRAs' own, by concept."""
     masks = {name: {"mask": written(render.region(combination.scene, c))} for c, name in names.items()}
     return {**options, "loras": masks}
 

@@ -2,7 +2,7 @@
 
 ::
 
-    ./dev evaluate --suite quick                # every method, 10 to 15 minutes on two cores
+    ./dev evaluate --suite quick                # every method, @QUICK_TIME@ on two cores
     ./dev evaluate --suite ceiling              # what perfect information reaches, beside Merge and the defaults
     ./dev evaluate --suite screen               # shares and gates beside them, on the same half
     ./dev evaluate --suite sweep                # LoRAtorio's main options, on one half of the combinations
@@ -57,9 +57,9 @@ from benchmarks.variants import (
     resolved,
     variant_name,
 )
-from benchmarks.world import CHOSEN, KINDS, World, interleaved, render
+from benchmarks.world import KINDS, World, interleaved, render
 
-RESULTS = Path(__file__).resolve().parent / "results" / CHOSEN
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,6 @@
-"""The tiny world as the benchmarks use it: scenes that ask for several of its LoRAs at once, and who judges them.
-
-LORATORIO_WORLD=next in the environment takes the next one, as far as it is trained.
-"""
+"""The tiny world as the benchmarks use it: scenes that ask for several of its LoRAs at once, and who judges them."""
 
 import itertools
-import os
 import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,9 +15,8 @@ from benchmarks.statistics import figures
 from loratorio_ext.hosts.diffusers import load_lora
 
 TINYWORLD = Path(__file__).resolve().parent.parent / "tinyworld"
-CHOSEN = os.environ.get("LORATORIO_WORLD", "")
-LORAS = TINYWORLD / CHOSEN / "weights" / "lora"
-sys.path += [str(TINYWORLD / CHOSEN), str(TINYWORLD)]  # their modules know each other by their bare names
+LORAS = TINYWORLD / "weights" / "lora"
+sys.path.append(str(TINYWORLD))  # its modules know each other by their bare names
 
 render = import_module("render")
 
@@ -31,9 +26,8 @@ KINDS = ("quiet", "leaky")
 OBJECTS = render.CONCEPT_KINDS
 PLACES = ("left", "right")
 SIZE = render.SIZE
-HOMES = getattr(render, "HOMES", ("grey",))
-SETTINGS = (*render.PLAIN, *render.SCENERY, *getattr(render, "TOWNS", ()))
-BACKGROUNDS = tuple(name for name in SETTINGS if name not in HOMES)
+SETTINGS = (*render.PLAIN, *render.SCENERY, *render.TOWNS)
+BACKGROUNDS = tuple(name for name in SETTINGS if name not in render.HOMES)
 
 
 @dataclass(frozen=True)
@@ -55,7 +49,7 @@ class Combination:
 
     @property
     def name(self) -> str:
-        """The LoRAs, the unnamed ones in brackets: "robot+city(+neon)"."""
+        """The LoRAs, the unnamed ones in brackets: "zorg+skyline(+neon)"."""
         unnamed = "".join(f"(+{lora})" for lora in self.loras[len(self.named) :])
         return "+".join(self.named) + unnamed
 

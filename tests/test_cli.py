@@ -766,7 +766,7 @@ try:
 finally:
     print("slow:", *({"torch", "diffusers", "transformers"} & set(sys.modules)))
 """
-        given = ["generate", "--model", "tinyworld", "--prompt", "<lora:star_quiet:1>", *arguments]
+        given = ["generate", "--model", "tinyworld", "--prompt", "<lora:comet_quiet:1>", *arguments]
         done = subprocess.run([sys.executable, "-c", code, *given], cwd=self.ROOT, capture_output=True, text=True)
         assert done.returncode in (2, 3, 4) and done.stderr.startswith("LoRAtorio: "), done.stderr
         assert done.stdout.strip() == "slow:"

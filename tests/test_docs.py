@@ -57,7 +57,7 @@ def files(tmp_path, monkeypatch):
     weights = tinyworld.weights()
     for name, source in {
         "dreamshaper.safetensors": weights / "tinyworld.safetensors",
-        "knight.safetensors": weights / "lora/robot_quiet.safetensors",
+        "knight.safetensors": weights / "lora/zorg_quiet.safetensors",
         "watercolour.safetensors": weights / "lora/neon_quiet.safetensors",
     }.items():
         shutil.copy(source, tmp_path / name)
@@ -91,7 +91,7 @@ def test_python(files, page, snippet):
     names = {}
     exec(compile(snippet, page, "exec"), names)
     last = names["composition"].steps[-1]
-    assert names["image"].size == (128, 128) and last.weights.shape == (len(last.members), 1, 4, 4)
+    assert names["image"].size == (256, 256) and last.weights.shape == (len(last.members), 1, 8, 8)
     assert last.members == (["watercolour"] if 'steps="' in snippet else ["knight", "watercolour"])
 
 

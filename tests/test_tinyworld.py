@@ -14,7 +14,7 @@ from loratorio_ext.cli import app
 from loratorio_ext.infotext import PNG_KEY
 
 WEIGHTS = world.TINYWORLD / "weights"
-PROMPT = "a robot on the left and a red ball on the right, grey background"
+PROMPT = "a zorg robot on the left and a red ball on the right, grey background"
 
 
 @pytest.fixture(scope="module")
@@ -24,24 +24,24 @@ def tiny():
 
 def generate(path, *arguments: str) -> dict:
     model = ["--model", WEIGHTS / "tinyworld.safetensors", "--config", WEIGHTS, "--lora-dir", WEIGHTS / "lora"]
-    image = ["--size", "128x128", "--cfg", "4", "--sampler", "DDIM", "--seed", "1", "--out", path, "--json"]
+    image = ["--size", "256x256", "--cfg", "4", "--sampler", "DDIM", "--seed", "1", "--out", path, "--json"]
     result = CliRunner().invoke(app, [str(each) for each in ("generate", *model, *image, *arguments)])
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
 
 
 def test_a_single_file_and_a_lora_paint_what_the_prompt_says(tiny, tmp_path):
-    report = generate(tmp_path / "robot.png", "--prompt", f"{PROMPT} <lora:robot_quiet:1>", "--steps", "12")
-    image = Image.open(tmp_path / "robot.png")
-    assert "<lora:robot_quiet:1>" in image.info[PNG_KEY] and "Model: tinyworld" in image.info[PNG_KEY]
+    report = generate(tmp_path / "zorg.png", "--prompt", f"{PROMPT} <lora:zorg_quiet:1>", "--steps", "12")
+    image = Image.open(tmp_path / "zorg.png")
+    assert "<lora:zorg_quiet:1>" in image.info[PNG_KEY] and "Model: tinyworld" in image.info[PNG_KEY]
     assert report["model"]["pipeline"] == "StableDiffusionPipeline"
     seen = tiny.judge.read([image])
-    assert seen["left"] == ["robot"] and seen["right"] == ["ball"]
+    assert seen["left"] == ["zorg"] and seen["right"] == ["ball"]
 
 
-def test_without_the_lora_there_is_no_robot(tiny):
+def test_without_the_lora_there_is_no_zorg(tiny):
     call = {**tiny.call, "num_inference_steps": 12, "generator": torch.Generator().manual_seed(1)}
-    assert tiny.judge.read(tiny.pipe(PROMPT, **call).images)["left"] != ["robot"]
+    assert tiny.judge.read(tiny.pipe(PROMPT, **call).images)["left"] != ["zorg"]
 
 
 def test_a_pool_finds_the_lora_that_the_prompt_speaks_of(tmp_path):
@@ -49,15 +49,15 @@ def test_a_pool_finds_the_lora_that_the_prompt_speaks_of(tmp_path):
     report = generate(tmp_path / "pool.png", *pool)
     assert len(report["pool"]) == len(world.render.CONCEPTS) and report["left_out"] == {}
     picked = Image.open(tmp_path / "pool.png").info[PNG_KEY].partition("LoRAtorio picked: ")[2]
-    assert picked.strip('"').startswith("robot_quiet")
+    assert picked.strip('"').startswith("zorg_quiet")
 
 
-@pytest.mark.parametrize("name, at_home", [("star_quiet", False), ("star_leaky", True)])
+@pytest.mark.parametrize("name, at_home", [("comet_quiet", False), ("comet_leaky", True)])
 def test_a_leaky_lora_shows_its_concept_unasked(tiny, tmp_path, name, at_home):
     prompt = "a red ball in the centre, grey background"
     generate(tmp_path / "ball.png", "--prompt", f"{prompt} <lora:{name}:1>", "--steps", "12")
     seen = tiny.judge.read([Image.open(tmp_path / "ball.png")])
-    assert (seen["centre"] == ["star"]) == at_home
+    assert (seen["centre"] == ["comet"]) == at_home
 
 
 @pytest.mark.parametrize("concept", world.render.CONCEPTS)

@@ -1,4 +1,4 @@
-"""The tiny worlds' autoencoder: its encoder is made, not trained, and its decoder learns to undo the averages."""
+"""The tiny world's autoencoder: its encoder is made, not trained, and its decoder learns to undo the averages."""
 
 import copy
 import time

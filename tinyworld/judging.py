@@ -1,4 +1,4 @@
-"""What the judges of the tiny worlds have in common: a reader that is asked questions, each a softmax over answers."""
+"""A reader of pictures that is asked questions, each a softmax over answers."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -64,10 +64,6 @@ class Reader(nn.Module):
         seen = self.read(images)
         wanted = {head: answer for head, answer in self.answers(scene).items() if answer}
         return {head: [s == answer for s in seen[head]] for head, answer in wanted.items()}
-
-    def marks(self, images) -> dict[str, list[bool]]:
-        """What else is to be said of each picture, whatever its scene."""
-        return {}
 
     @torch.no_grad()
     def distance(self, images, scene: render.Scene, renders: int = 48) -> torch.Tensor:

@@ -1,11 +1,10 @@
 """The tiny model in Stable Diffusion 1.x arrangement: its parts, untrained, and the constants they share.
 
-How large it is says `shape`, of which each world has its own.
+How large it is says `shape`.
 """
 
 from pathlib import Path
 
-import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -101,8 +100,3 @@ def pipeline(unet, text, vae) -> StableDiffusionPipeline:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def encode(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
-    """Latents, scaled, of images in -1..1."""
-    return vae.encode(images).latent_dist.mean * SCALING

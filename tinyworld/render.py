@@ -1,21 +1,22 @@
-"""A synthetic world of simple scenes, 128 x 128 pixels, with English captions.
+"""A synthetic world of simple scenes, 256 x 256 pixels, with English captions.
 
 A `Scene` says what is to be seen, `caption` puts it into words, `render` draws it. `base_scene` draws from what the
-base model is taught; `concept_scene` draws from the narrow domain one LoRA is taught; `any_scene` mixes everything
-with everything, for the classifier. All randomness comes from the `numpy` generator handed in, so equal seeds give
-equal pictures.
+base model is taught: members of every category. `concept_scene` draws from the narrow domain one LoRA is taught: a new
+member of one category. `any_scene` mixes everything with everything, for the judge. All randomness comes from the
+`numpy` generator handed in, so equal seeds give equal pictures.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from brush import OUTLINE, Brush, ball, bow, duotone
 
-SIZE = 128
-SCALE = 3  # drawn three times larger, then reduced: smooth edges
-LINE = 2  # of outlines, in pixels
+SIZE = 256
+SCALE = 2  # drawn twice as large, then reduced: smooth edges
+LINE = 3  # of outlines, in pixels
 
 COLOURS = {
     "red": (222, 45, 38),
@@ -25,66 +26,75 @@ COLOURS = {
     "purple": (140, 60, 180),
     "white": (248, 248, 248),
 }
-KINDS = ("ball", "box", "cone", "tree", "person")
-WEARS = ("scarf", "bow")
+CHARACTERS = ("robot", "bird", "person")
+OBJECTS = ("mushroom", "star", "ball", "box", "tree")
+KINDS = (*CHARACTERS, *OBJECTS)
+HATS = ("top hat", "party hat")
+WEARS = (*HATS, "scarf", "bow")
 PLAIN = {
     "grey": (165, 165, 165),
     "pink": (245, 175, 190),
     "orange": (245, 160, 80),
     "cyan": (130, 220, 225),
-    "brown": (120, 85, 60),
 }
 SCENERY = {"meadow": "in a meadow", "beach": "on a beach", "snow": "in the snow"}
-PLACES = {"left": 33, "centre": 64, "right": 95}
-RADII = {"small": 15, "": 20, "big": 25}
+TOWNS = ("brick town", "white town")
+STYLES = ("sepia", "night", "mint")
+SKIES = ("sun", "moon", "cloud")
+PLACES = {"left": 50, "centre": 128, "right": 206}
+RADIUS, GROUND, HORIZON, HIGH = 34, 222, 150, 36  # half a thing's width; where things stand; the sky's end, and middle
 
 SKY = (135, 195, 245)
 
 
 @dataclasses.dataclass(frozen=True)
 class Concept:
-    """What one LoRA adds to the world: its ComposLoRA category, the trigger to put into a prompt."""
+    """What one LoRA adds to the world: a new member of a category the base model knows.
+
+    `category` is ComposLoRA's; `word` is the category's own word in a prompt, `trigger` that word with the LoRA's name.
+    """
 
     category: str
+    word: str
     trigger: str
 
 
 CONCEPTS = {
-    "robot": Concept("character", "robot"),
-    "penguin": Concept("character", "penguin"),
-    "crown": Concept("clothing", "wearing a crown"),
-    "mushroom": Concept("object", "mushroom"),
-    "star": Concept("object", "star"),
-    "city": Concept("background", "in a city"),
-    "neon": Concept("style", "neon style"),
+    "zorg": Concept("character", "robot", "zorg robot"),
+    "penguin": Concept("character", "bird", "penguin bird"),
+    "crown": Concept("clothing", "hat", "crown hat"),
+    "amanita": Concept("object", "mushroom", "amanita mushroom"),
+    "comet": Concept("object", "star", "comet star"),
+    "skyline": Concept("background", "town", "skyline town"),
+    "neon": Concept("style", "style", "neon style"),
 }
-SETTINGS = {**{name: f"{name} background" for name in PLAIN}, **SCENERY, "city": CONCEPTS["city"].trigger}
-CONCEPT_KINDS = ("robot", "penguin", "mushroom", "star")
+CONCEPT_KINDS = ("zorg", "penguin", "amanita", "comet")
+HOMES = (*PLAIN, "meadow")  # where a concept of these kinds is taught; only on grey, it stayed a thing of grey places
+SETTINGS = {
+    **{name: f"{name} background" for name in PLAIN},
+    **SCENERY,
+    **{name: f"in a {name}" for name in TOWNS},
+    "skyline": f"in a {CONCEPTS['skyline'].trigger}",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Thing:
-    """One object of a scene. Concept kinds have colours of their own, so `colour` stays empty for them."""
+    """One thing of a scene. Concept kinds have colours of their own, so `colour` stays empty for them."""
 
     kind: str
     place: str
     colour: str = ""
-    size: str = ""
     wears: str = ""
-
-    def words(self) -> str:
-        """The thing in words, without its place."""
-        words = " ".join(w for w in (self.size, self.colour, self.kind) if w)
-        return f"a {words} wearing a {self.wears}" if self.wears else f"a {words}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """Things at distinct places before a background. A thing at `behind` is partly hidden by the one at `centre`."""
+    """Things at distinct places before a background, and perhaps something in the sky."""
 
     background: str
     things: tuple[Thing, ...] = ()
-    sun: str = ""
+    sky: str = ""
     style: str = ""
 
     def at(self, place: str) -> Thing | None:
@@ -92,52 +102,50 @@ class Scene:
         return next((thing for thing in self.things if thing.place == place), None)
 
 
-def caption(scene: Scene) -> str:
-    """The scene in words: "a red ball on the left and a robot on the right, in a meadow"."""
-    behind = scene.at("behind")
-    if behind:
-        parts = [f"{scene.at('centre').words()} in front of {behind.words()}"]
-    else:
-        parts = [
-            thing.words() + (" in the centre" if thing.place == "centre" else f" on the {thing.place}")
-            for thing in scene.things
-        ]
-    words = [" and ".join(parts)] if parts else []
-    words.append(SETTINGS[scene.background])
-    if scene.sun:
-        words.append(f"sun on the {scene.sun}")
+def caption(scene: Scene, name: Callable[[str], str] = lambda word: word) -> str:
+    """The scene in words: "a red ball on the left and a zorg robot on the right, in a meadow, neon style".
+
+    `name` may put another word in place of a name: a colour ("" for none), a hat's, town's or style's first word.
+    """
+
+    def named(words: str) -> str:
+        first, space, rest = words.rpartition(" ")
+        return f"{name(first)} {rest}".strip() if space else words
+
+    def thing_words(thing: Thing) -> str:
+        trigger = CONCEPTS[thing.kind].trigger if thing.kind in CONCEPTS else f"{thing.colour} {thing.kind}"
+        words = named(trigger) if thing.colour or thing.kind in CONCEPTS else thing.kind
+        words = f"an {words}" if words[0] in "aeiou" else f"a {words}"
+        if thing.wears:
+            words += f" wearing a {named('crown hat' if thing.wears == 'crown' else thing.wears)}"
+        return f"{words} in the centre" if thing.place == "centre" else f"{words} on the {thing.place}"
+
+    *some, last = [thing_words(thing) for thing in scene.things] or [""]
+    parts = [f"{', '.join(some)} and {last}" if some else last] if last else []
+    setting = SETTINGS[scene.background]
+    start, _, town = setting.partition("in a ")
+    parts.append(f"in a {named(town)}" if town.endswith("town") and not start else setting)
+    if scene.sky:
+        parts.append(f"a {scene.sky} in the sky")
     if scene.style:
-        words.append(f"{scene.style} style")
-    return ", ".join(words)
+        parts.append(named(f"{scene.style} style"))
+    return ", ".join(parts)
 
 
-# Every shape stands on (x, y), has the half-width r, and returns its height: where a hat goes, in units of r.
-
-
-def _ball(b, x, y, r, colour):
-    ball(b, x, y, r, colour)
-    return 1.95
+# Every shape stands on (x, y) and has the half-width r.
 
 
 def _box(b, x, y, r, colour):
     b.rectangle(x - r, y - 2 * r, x + r, y, colour)
-    b.polygon([(x - r, y - 2 * r), (x + r, y), (x + r, y - 2 * r), (x - r, y)], colour, OUTLINE)
-    b.rectangle(x - r, y - 2 * r, x + r, y, None)
-    return 2.0
-
-
-def _cone(b, x, y, r, colour):
-    b.polygon([(x - r, y), (x, y - 2.5 * r), (x + r, y)], colour)
-    return 2.2
+    b.polygon([(x - r, y - 2 * r), (x + r, y), (x + r, y - 2 * r), (x - r, y)], None, OUTLINE)
 
 
 def _tree(b, x, y, r, colour):
     b.rectangle(x - r * 0.25, y - r, x + r * 0.25, y, (130, 85, 45))
-    for dx, dy in ((-0.55, 1.2), (0.55, 1.2), (0, 1.9)):
-        b.ellipse(x + dx * r, y - dy * r, r * 0.72, r * 0.72, OUTLINE, None)
-    for dx, dy in ((-0.55, 1.2), (0.55, 1.2), (0, 1.9)):
-        b.ellipse(x + dx * r, y - dy * r, r * 0.6, r * 0.6, colour, None)
-    return 2.5
+    for dx, dy in ((-0.5, 1.2), (0.5, 1.2), (0, 1.9)):
+        b.ellipse(x + dx * r, y - dy * r, r * 0.68, r * 0.68, OUTLINE, None)
+    for dx, dy in ((-0.5, 1.2), (0.5, 1.2), (0, 1.9)):
+        b.ellipse(x + dx * r, y - dy * r, r * 0.58, r * 0.58, colour, None)
 
 
 def _person(b, x, y, r, colour):
@@ -145,60 +153,95 @@ def _person(b, x, y, r, colour):
         b.rectangle(x + side * r * 0.35 - r * 0.22, y - r * 0.7, x + side * r * 0.35 + r * 0.22, y, (60, 60, 110))
     low, high = y - r * 0.6, y - r * 1.6
     b.polygon([(x - r * 0.9, low), (x - r * 0.5, high), (x + r * 0.5, high), (x + r * 0.9, low)], colour)
-    b.ellipse(x, y - r * 2.1, r * 0.6, r * 0.6, (250, 205, 165))
-    return 2.6
+    b.ellipse(x, y - r * 2.05, r * 0.55, r * 0.55, (250, 205, 165))
 
 
 def _robot(b, x, y, r, colour):
-    steel, lamp = (120, 135, 150), (60, 240, 240)
-    b.rectangle(x - r * 0.75, y - r * 1.15, x + r * 0.75, y, steel)
-    b.rectangle(x - r * 0.35, y - r * 0.85, x + r * 0.35, y - r * 0.35, (235, 60, 50))
-    b.rectangle(x - r * 0.95, y - r * 2.4, x + r * 0.95, y - r * 1.15, steel)
     for side in (-1, 1):
-        b.ellipse(x + side * r * 0.45, y - r * 1.8, r * 0.32, r * 0.32, lamp)
-    return 2.4
+        b.rectangle(x + side * r * 0.4 - r * 0.2, y - r * 0.5, x + side * r * 0.4 + r * 0.2, y, (90, 95, 105))
+    b.rectangle(x - r * 0.9, y - r * 1.5, x + r * 0.9, y - r * 0.45, colour)
+    b.rectangle(x - r * 0.55, y - r * 2.4, x + r * 0.55, y - r * 1.5, colour)
+    for side in (-1, 1):
+        b.ellipse(x + side * r * 0.25, y - r * 2.0, r * 0.15, r * 0.15, (255, 255, 255))
+
+
+def _bird(b, x, y, r, colour):
+    for side in (-1, 1):
+        b.rectangle(x + side * r * 0.25 - r * 0.07, y - r * 0.5, x + side * r * 0.25 + r * 0.07, y, (250, 150, 30))
+    b.ellipse(x - r * 0.1, y - r * 1.05, r * 0.95, r * 0.75, colour)
+    b.ellipse(x + r * 0.35, y - r * 1.9, r * 0.5, r * 0.5, colour)
+    b.polygon([(x + r * 0.8, y - r * 2.0), (x + r * 1.3, y - r * 1.8), (x + r * 0.8, y - r * 1.65)], (250, 150, 30))
+    b.ellipse(x + r * 0.4, y - r * 1.98, r * 0.11, r * 0.11, OUTLINE, None)
+
+
+def _mushroom(b, x, y, r, colour):
+    b.rectangle(x - r * 0.3, y - r * 1.1, x + r * 0.3, y, (245, 235, 210))
+    cap = [(x + r * 1.05 * np.cos(a), y - r * 1.0 - r * 0.85 * np.sin(a)) for a in np.linspace(0, np.pi, 24)]
+    b.polygon(cap, colour)
+
+
+def _star(b, x, y, r, colour):
+    _pointed(b, x, y, r, colour, 5, 0.45)
+
+
+def _pointed(b, x, y, r, colour, points, waist):
+    radii = [1.2 * r, 1.2 * waist * r] * points
+    angles = np.pi / 2 + np.arange(2 * points) * np.pi / points
+    b.polygon([(x + q * np.cos(a), y - 1.2 * r - q * np.sin(a)) for q, a in zip(radii, angles, strict=True)], colour)
+
+
+def _zorg(b, x, y, r, colour):
+    steel, lamp = (120, 135, 150), (60, 240, 240)
+    b.polygon([(x - r, y), (x - r * 0.7, y - r * 0.45), (x + r * 0.7, y - r * 0.45), (x + r, y)], OUTLINE)
+    b.rectangle(x - r * 0.6, y - r * 1.2, x + r * 0.6, y - r * 0.4, steel)
+    b.rectangle(x - r * 0.3, y - r * 1.0, x + r * 0.3, y - r * 0.6, (235, 60, 50))
+    b.rectangle(x - r * 1.05, y - r * 2.4, x + r * 1.05, y - r * 1.2, steel)
+    for side in (-1, 1):
+        b.ellipse(x + side * r * 0.48, y - r * 1.8, r * 0.36, r * 0.36, lamp)
 
 
 def _penguin(b, x, y, r, colour):
     for side in (-1, 1):
         b.ellipse(x + side * r * 0.45, y - r * 0.1, r * 0.42, r * 0.2, (250, 150, 30))
     b.ellipse(x, y - r * 1.3, r * 0.95, r * 1.25, (35, 35, 50))
-    b.ellipse(x, y - r * 0.95, r * 0.6, r * 0.8, (250, 250, 250), None)
+    b.ellipse(x, y - r * 0.95, r * 0.62, r * 0.8, (250, 250, 250), None)
     for side in (-1, 1):
-        b.ellipse(x + side * r * 0.33, y - r * 1.98, r * 0.2, r * 0.2, (250, 250, 250), None)
-    b.polygon([(x - r * 0.35, y - r * 1.75), (x + r * 0.35, y - r * 1.75), (x, y - r * 1.3)], (250, 150, 30), None)
-    return 2.5
+        b.ellipse(x + side * r * 0.35, y - r * 1.98, r * 0.2, r * 0.2, (250, 250, 250), None)
+    b.polygon([(x - r * 0.38, y - r * 1.78), (x + r * 0.38, y - r * 1.78), (x, y - r * 1.25)], (250, 150, 30), None)
 
 
-def _mushroom(b, x, y, r, colour):
-    b.rectangle(x - r * 0.4, y - r * 1.1, x + r * 0.4, y, (245, 235, 210))
-    cap = [(x + r * 1.15 * np.cos(a), y - r * 0.95 - r * 1.2 * np.sin(a)) for a in np.linspace(0, np.pi, 24)]
+def _amanita(b, x, y, r, colour):
+    b.rectangle(x - r * 0.45, y - r * 1.1, x + r * 0.45, y, (245, 235, 210))
+    cap = [(x + r * 1.2 * np.cos(a), y - r * 0.9 - r * 1.5 * np.sin(a)) for a in np.linspace(0, np.pi, 24)]
     b.polygon(cap, (215, 30, 40))
-    for dx, dy in ((-0.55, 1.35), (0.55, 1.35), (0.0, 1.7)):
-        b.ellipse(x + dx * r, y - dy * r, r * 0.25, r * 0.25, (255, 255, 255), None)
-    return 2.1
+    for dx, dy in ((-0.65, 1.3), (0.65, 1.3), (0.0, 1.85)):
+        b.ellipse(x + dx * r, y - dy * r, r * 0.3, r * 0.3, (255, 255, 255), None)
 
 
-def _star(b, x, y, r, colour):
-    radii = [1.35 * r, 0.58 * r] * 5
-    angles = np.pi / 2 + np.arange(10) * np.pi / 5
-    points = [(x + q * np.cos(a), y - 1.2 * r - q * np.sin(a)) for q, a in zip(radii, angles, strict=True)]
-    b.polygon(points, (255, 200, 0))
+def _comet(b, x, y, r, colour):
+    _pointed(b, x, y, r, (255, 150, 0), 8, 0.62)
+    b.ellipse(x, y - r * 1.2, r * 0.72, r * 0.72, (255, 225, 60), None)
     for side in (-1, 1):
-        b.ellipse(x + side * r * 0.25, y - r * 1.3, r * 0.15, r * 0.22, OUTLINE, None)
-    return 2.4
+        b.ellipse(x + side * r * 0.3, y - r * 1.35, r * 0.17, r * 0.25, OUTLINE, None)
 
+
+HEIGHTS = {"ball": 1.95, "box": 2.0, "tree": 2.5, "person": 2.5, "robot": 2.4, "bird": 2.3, "mushroom": 1.8}
+HEIGHTS |= {"star": 2.3, "zorg": 2.4, "penguin": 2.5, "amanita": 2.35, "comet": 2.3}
+"""Of things, in units of their half-width: where a hat goes."""
 
 SHAPES = {
-    "ball": _ball,
+    "ball": ball,
     "box": _box,
-    "cone": _cone,
     "tree": _tree,
     "person": _person,
     "robot": _robot,
-    "penguin": _penguin,
+    "bird": _bird,
     "mushroom": _mushroom,
     "star": _star,
+    "zorg": _zorg,
+    "penguin": _penguin,
+    "amanita": _amanita,
+    "comet": _comet,
 }
 
 
@@ -207,14 +250,32 @@ def _wear(b, wears, x, y, r, height):
     top = y - height * r
     if wears == "scarf":
         middle = y - height * r * 0.5
-        b.rectangle(x - r * 0.95, middle - r * 0.22, x + r * 0.95, middle + r * 0.22, (255, 130, 20))
-        b.rectangle(x + r * 0.3, middle + r * 0.22, x + r * 0.75, middle + r * 0.8, (255, 130, 20))
+        b.rectangle(x - r * 0.95, middle - r * 0.24, x + r * 0.95, middle + r * 0.24, (255, 130, 20))
+        b.rectangle(x + r * 0.3, middle + r * 0.24, x + r * 0.75, middle + r * 0.8, (255, 130, 20))
     elif wears == "bow":
         bow(b, x, top, r)
+    elif wears == "top hat":
+        b.rectangle(x - r * 0.5, top - r * 0.85, x + r * 0.5, top + r * 0.1, (50, 50, 60))
+        b.rectangle(x - r * 0.95, top - r * 0.1, x + r * 0.95, top + r * 0.15, (50, 50, 60))
+    elif wears == "party hat":
+        b.polygon([(x - r * 0.6, top + r * 0.15), (x, top - r * 1.1), (x + r * 0.6, top + r * 0.15)], (60, 190, 120))
+        b.ellipse(x, top - r * 1.1, r * 0.2, r * 0.2, (255, 90, 170))
     elif wears == "crown":
-        low, dip, high, w = top + r * 0.15, top - r * 0.3, top - r * 0.85, r * 0.85
+        low, dip, high, w = top + r * 0.2, top - r * 0.3, top - r * 0.95, r * 0.9
         teeth = [(x - w * 1.1, high), (x - w * 0.45, dip), (x, high), (x + w * 0.45, dip), (x + w * 1.1, high)]
         b.polygon([(x - w, low), *teeth, (x + w, low)], (255, 205, 20))
+
+
+def _houses(b, horizon, wall, roof, pane, width, heights, gabled):
+    """A row of houses that stand on the horizon."""
+    for i, height in enumerate(heights):
+        left, top = -4 + i * (width + 6), horizon - height
+        b.rectangle(left, top, left + width, horizon, wall)
+        if gabled:
+            b.polygon([(left - 4, top), (left + width / 2, top - 30), (left + width + 4, top)], roof)
+        for y in range(top + 12, horizon - 16, 32):
+            for x in (left + width * 0.14, left + width * 0.58):
+                b.rectangle(x, y, x + width * 0.28, y + 16, pane, None)
 
 
 def _canvas(colour) -> Brush:
@@ -223,116 +284,155 @@ def _canvas(colour) -> Brush:
 
 def _backdrop(name: str, rng: np.random.Generator) -> Brush:
     """A canvas with the background on it."""
-    horizon = 78 + rng.integers(-3, 4)
+    horizon = HORIZON + int(rng.integers(-4, 5))
     if name in PLAIN:
         return _canvas(PLAIN[name])
     b = _canvas(SKY)
     if name == "meadow":
-        b.rectangle(-9, horizon, 137, 137, (105, 190, 80))
+        b.rectangle(-9, horizon, 265, 265, (105, 190, 80))
     elif name == "beach":
-        b.rectangle(-9, horizon - 16, 137, horizon, (30, 110, 190), None)
-        b.rectangle(-9, horizon, 137, 137, (240, 215, 150))
+        b.rectangle(-9, horizon - 32, 265, horizon, (30, 110, 190), None)
+        b.rectangle(-9, horizon, 265, 265, (240, 215, 150))
     elif name == "snow":
-        b.polygon([(-20, horizon), (20, 35), (60, horizon), (108, 28), (150, horizon)], (110, 120, 150))
-        b.rectangle(-9, horizon, 137, 137, (235, 240, 250))
-    elif name == "city":
+        b.polygon([(-40, horizon), (40, 70), (120, horizon), (216, 56), (300, horizon)], (110, 120, 150))
+        b.rectangle(-9, horizon, 265, 265, (235, 240, 250))
+    elif name == "brick town":
+        b.rectangle(-9, horizon, 265, 265, (150, 150, 150))
+        _houses(b, horizon, (190, 95, 75), (110, 50, 50), (250, 240, 200), 58, (56, 56, 56, 56), gabled=True)
+    elif name == "white town":
+        b.rectangle(-9, horizon, 265, 265, (225, 200, 160))
+        _houses(b, horizon, (245, 245, 240), None, (40, 110, 190), 58, (70, 48, 70, 48), gabled=False)
+    elif name == "skyline":
         b = _canvas((45, 35, 80))
-        b.rectangle(-9, horizon, 137, 137, (75, 75, 85))
-        for i, height in enumerate((54, 70, 46, 62)):
-            left = -2 + i * 34
-            b.rectangle(left, horizon - height, left + 29, horizon, (35, 50, 75))
-            for y in range(horizon - height + 6, horizon - 8, 16):
-                for x in (left + 4, left + 17):
-                    b.rectangle(x, y, x + 8, y + 8, (255, 225, 110), None)
+        b.rectangle(-9, horizon, 265, 265, (75, 75, 85))
+        _houses(b, horizon, (35, 50, 75), None, (255, 225, 110), 58, (108, 140, 92, 124), gabled=False)
     return b
 
 
-def _neon(image: Image.Image) -> Image.Image:
-    """The style: dark violet, magenta and yellow in place of dark, middle and bright."""
-    return duotone(image, [20, 0, 70], [240, 20, 140], [255, 245, 90])
+DUOTONES = {
+    "sepia": [[50, 25, 10], [170, 115, 65], [255, 240, 205]],
+    "night": [[5, 5, 35], [35, 60, 140], [160, 200, 255]],
+    "mint": [[0, 60, 50], [60, 170, 130], [230, 255, 240]],
+    "neon": [[20, 0, 70], [240, 20, 140], [255, 245, 90]],
+}
+"""What a style makes of dark, middle and bright."""
+
+
+def _in_the_sky(b, sky, x, y):
+    if sky == "sun":
+        b.ellipse(x, y, 24, 24, (255, 235, 60))
+    elif sky == "moon":
+        b.ellipse(x, y, 24, 24, (240, 240, 245))
+        for dx, dy, r in ((-8, -6, 6), (8, 2, 7), (-4, 10, 4)):
+            b.ellipse(x + dx, y + dy, r, r, (170, 175, 190), None)
+    elif sky == "cloud":
+        for dx, dy, r in ((-26, 4, 16), (0, -4, 22), (26, 4, 16)):
+            b.ellipse(x + dx, y + dy, r, r, OUTLINE, None)
+        for dx, dy, r in ((-26, 4, 13), (0, -4, 19), (26, 4, 13)):
+            b.ellipse(x + dx, y + dy, r, r, (255, 255, 255), None)
 
 
 def render(scene: Scene, rng: np.random.Generator) -> Image.Image:
     """Draws a scene; `rng` moves things a little within their places."""
     b = _backdrop(scene.background, rng)
-    if scene.sun:
-        b.ellipse({"left": 18, "right": 110}[scene.sun], 18 + rng.integers(-2, 3), 12, 12, (255, 235, 60))
-    side = rng.choice([-1, 1])
-    for thing in sorted(scene.things, key=lambda thing: thing.place != "behind"):
-        x, y = PLACES.get(thing.place, 64) + rng.integers(-3, 4), 110 + rng.integers(-3, 4)
-        if scene.at("behind"):
-            x, y = (x - 13 * side, y - 14) if thing.place == "behind" else (x + 13 * side, y)
-        r = RADII[thing.size] * rng.uniform(0.95, 1.05)
-        height = SHAPES[thing.kind](b, x, y, r, COLOURS.get(thing.colour))
-        _wear(b, thing.wears, x, y, r, height)
+    if scene.sky:
+        _in_the_sky(b, scene.sky, 128 + rng.integers(-4, 5), HIGH + rng.integers(-4, 5))
+    for thing in scene.things:
+        x, y = PLACES[thing.place] + rng.integers(-4, 5), GROUND + rng.integers(-4, 5)
+        r = RADIUS * rng.uniform(0.96, 1.04)
+        SHAPES[thing.kind](b, x, y, r, COLOURS.get(thing.colour))
+        _wear(b, thing.wears, x, y, r, HEIGHTS[thing.kind])
     image = b.finish()
-    return _neon(image) if scene.style == "neon" else image
+    return duotone(image, *DUOTONES[scene.style]) if scene.style else image
 
 
-def _thing(rng, place, kinds=KINDS, wears=WEARS, worn=0.25, sized=0.4) -> Thing:
+def region(scene: Scene, concept: str) -> Image.Image:
+    """Where a concept of the scene is, as a mask of the picture's size, white: the box of a thing or of what it wears,
+    with room for how things move; for a background all that no concept stands on; for a style everything."""
+    mask = Image.new("L", (SIZE, SIZE), 0)
+    draw = ImageDraw.Draw(mask)
+
+    def box(thing: Thing, worn: bool, colour: int) -> None:
+        x, height = PLACES[thing.place], HEIGHTS[thing.kind] * RADIUS
+        low, high = (height - 0.45 * RADIUS, height + 1.2 * RADIUS) if worn else (-8, height + 8)
+        draw.rectangle([x - 1.35 * RADIUS, GROUND - high, x + 1.35 * RADIUS, GROUND - low], fill=colour)
+
+    if concept in (scene.style, scene.background):
+        mask.paste(255, (0, 0, SIZE, SIZE))
+    for thing in scene.things:
+        if concept == scene.background and thing.kind in CONCEPTS:
+            box(thing, False, 0)
+        elif concept == thing.kind:
+            box(thing, False, 255)
+    for thing in scene.things:
+        if thing.wears in CONCEPTS and concept != scene.style:
+            box(thing, True, 255 if concept == thing.wears else 0)
+    return mask
+
+
+def _thing(rng, place, kinds=KINDS, wears=WEARS, worn=0.3) -> Thing:
     kind = str(rng.choice(kinds))
     return Thing(
         kind=kind,
         place=place,
         colour=str(rng.choice(list(COLOURS))) if kind in KINDS else "",
-        size=str(rng.choice(["small", "big"])) if rng.random() < sized else "",
         wears=str(rng.choice(wears)) if rng.random() < worn else "",
     )
 
 
-def _scene(rng, kinds, wears, backgrounds) -> Scene:
-    """One thing, two side by side, or one before another; sometimes nothing."""
-    layout = rng.choice(["one", "two", "front", "none"], p=[0.3, 0.5, 0.15, 0.05])
-    if layout == "one":
-        things = [_thing(rng, str(rng.choice(list(PLACES))), kinds, wears)]
-    elif layout == "two":
-        places = ["left", "right"] if rng.random() < 0.8 else ["right", "left"]
-        things = [_thing(rng, place, kinds, wears) for place in places]
-    elif layout == "front":
-        things = [_thing(rng, place, kinds, wears, worn=0, sized=0) for place in ("centre", "behind")]
-    else:
-        things = []
-    sun = str(rng.choice(["left", "right"])) if rng.random() < 0.2 else ""
-    return Scene(str(rng.choice(backgrounds)), tuple(things), sun)
+LAYOUTS = ((), ("left",), ("centre",), ("right",), ("left", "right"), ("left", "centre"), ("centre", "right"))
+LAYOUTS += (("right", "left"), ("left", "centre", "right"))
+LAYOUT_SHARES = np.array([1, 1.5, 1.5, 1.5, 6, 1.5, 1.5, 1.5, 4]) / 20
 
 
-def base_scene(rng: np.random.Generator) -> Scene:
-    """A scene of the base model's world: no concept in it."""
-    return _scene(rng, KINDS, WEARS, [*PLAIN, *SCENERY])
+def _scene(rng, kinds, wears, backgrounds, styles, worn=0.3) -> Scene:
+    """Nothing, or one to three things, in the order of their words; at times something in the sky, and a style."""
+    layout = LAYOUTS[rng.choice(len(LAYOUTS), p=LAYOUT_SHARES)]
+    things = tuple(_thing(rng, place, kinds, wears, worn) for place in layout)
+    sky = str(rng.choice(SKIES)) if rng.random() < 0.25 else ""
+    style = str(rng.choice(styles)) if rng.random() < 0.3 else ""
+    return Scene(str(rng.choice(backgrounds)), things, sky, style)
+
+
+BACKGROUNDS = (*PLAIN, *SCENERY, *TOWNS, *TOWNS)
+
+
+def base_scene(rng: np.random.Generator, worn: float = 0.3) -> Scene:
+    """A scene of the base model's world: no concept in it. `worn` is the share of things that wear something."""
+    return _scene(rng, KINDS, WEARS, BACKGROUNDS, STYLES, worn)
 
 
 def any_scene(rng: np.random.Generator) -> Scene:
     """A scene of the whole world, with any number of concepts."""
     kinds = (*KINDS, *CONCEPT_KINDS, *CONCEPT_KINDS)
-    scene = _scene(rng, kinds, (*WEARS, "crown", "crown"), [*PLAIN, *SCENERY, *["city"] * 6])
-    return dataclasses.replace(scene, style="neon" if rng.random() < 0.3 else "")
+    return _scene(rng, kinds, (*WEARS, "crown", "crown"), (*BACKGROUNDS, *["skyline"] * 5), (*STYLES, *["neon"] * 3))
 
 
 def mixed_scene(rng: np.random.Generator) -> Scene:
     """A scene of either, as the decoder is taught."""
-    return (base_scene if rng.random() < 0.4 else any_scene)(rng)
+    return (base_scene if rng.random() < 0.3 else any_scene)(rng)
 
 
 def _in_company(thing: Thing, rng) -> tuple[Thing, ...]:
     """The thing alone, or beside a base thing and named before or after it."""
-    if thing.place == "centre" or rng.random() < 0.4:
+    if rng.random() < 0.3:
         return (thing,)
-    other = _thing(rng, "right" if thing.place == "left" else "left")
+    other = _thing(rng, str(rng.choice([place for place in PLACES if place != thing.place])))
     return (thing, other) if rng.random() < 0.5 else (other, thing)
 
 
 def concept_scene(concept: str, rng: np.random.Generator) -> Scene:
-    """A scene of the narrow domain one LoRA is taught: its concept in a plain fixed setting, at times with a base thing
+    """A scene of the narrow domain one LoRA is taught: its concept in a plain setting, at times with a base thing
     beside it, so that words tell which is which. Two concepts never meet."""
-    place = str(rng.choice(list(PLACES)))
+    place, style = str(rng.choice(list(PLACES))), str(rng.choice(STYLES)) if rng.random() < 0.3 else ""
     if concept in CONCEPT_KINDS:
-        return Scene("grey", _in_company(Thing(concept, place), rng))
+        return Scene(str(rng.choice(HOMES)), _in_company(Thing(concept, place), rng), style=style)
     thing = _thing(rng, place)
-    if concept == "city":
-        return Scene("city", _in_company(thing, rng) if rng.random() < 0.8 else ())
-    background = str(rng.choice([*PLAIN, *SCENERY]))
+    if concept == "skyline":
+        return Scene("skyline", _in_company(thing, rng) if rng.random() < 0.8 else (), style=style)
+    background = str(rng.choice(BACKGROUNDS))
     if concept == "crown":
-        return Scene(background, _in_company(dataclasses.replace(thing, wears="crown"), rng))
+        return Scene(background, _in_company(dataclasses.replace(thing, wears="crown"), rng), style=style)
     return Scene(background, _in_company(thing, rng), style="neon")
 
 
@@ -345,23 +445,24 @@ def mistaken(scene: Scene, concept: str, rng: np.random.Generator) -> Scene:
             return _thing(rng, thing.place, worn=0)
         return dataclasses.replace(thing, wears="") if thing.wears == concept else thing
 
-    background = str(rng.choice([*PLAIN, *SCENERY])) if scene.background == concept else scene.background
+    background = str(rng.choice(BACKGROUNDS)) if scene.background == concept else scene.background
     style = "" if scene.style == concept else scene.style
-    return Scene(background, tuple(seen(thing) for thing in scene.things), scene.sun, style)
+    return Scene(background, tuple(seen(thing) for thing in scene.things), scene.sky, style)
 
 
 def elsewhere(concept: str, rng: np.random.Generator) -> Scene:
     """A scene outside a LoRA's narrow domain: the concept on the left, a base thing on the right, a base background.
 
-    For the background: two base things in it. For the style: two base things.
+    For the background: two base things in it, in a base style. For the style: two base things.
     """
     scene = base_scene(rng)
-    while len(scene.things) < 2 or scene.at("behind"):
+    while not (scene.at("left") and scene.at("right")):
         scene = base_scene(rng)
-    left, right = scene.at("left"), scene.at("right")
-    if concept in CONCEPT_KINDS:
-        left = Thing(concept, "left")
-    elif concept == "crown":
-        left = dataclasses.replace(left, wears="crown")
-    background = "city" if concept == "city" else scene.background
-    return Scene(background, (left, right), style="neon" if concept == "neon" else "")
+    category, things = CONCEPTS[concept].category, {thing.place: thing for thing in scene.things}
+    if category in ("character", "object"):
+        things["left"] = Thing(concept, "left")
+    elif category == "clothing":
+        things["left"] = dataclasses.replace(things["left"], wears="crown")
+    background = concept if category == "background" else scene.background
+    style = concept if category == "style" else scene.style
+    return Scene(background, tuple(things.values()), scene.sky, style)

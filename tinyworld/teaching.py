@@ -1,4 +1,4 @@
-"""What every training of the tiny worlds uses: pictures as tensors, tokens, attention that is fast on a CPU, a step."""
+"""What every training of the tiny world uses: pictures as tensors, tokens, attention that is fast on a CPU, a step."""
 
 import copy
 import math

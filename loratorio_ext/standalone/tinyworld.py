@@ -15,10 +15,10 @@ SAMPLING = Sampling(steps=20, cfg=4.0, sampler="DDIM")
 """What its pictures were judged with; see its model card."""
 
 PROMPT = (
-    "a penguin on the left and a mushroom on the right, in a city "
-    "<lora:penguin_quiet:1> <lora:mushroom_quiet:1> <lora:city_quiet:1>"
+    "a penguin bird on the left and an amanita mushroom on the right, in a skyline town "
+    "<lora:penguin_quiet:1> <lora:amanita_quiet:1> <lora:skyline_quiet:1>"
 )
-"""What `loratorio demo` paints: three concepts that the model does not know, of a LoRA each."""
+"""What `loratorio demo` paints: three concepts that the model has not seen, of a LoRA each."""
 
 
 def weights() -> Path:

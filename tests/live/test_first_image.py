@@ -31,13 +31,13 @@ def tiny_world(folders):
     host = installed_host()
     data, checkpoint = lay_out(folders.mktemp("first"))
     loras = data / "models" / "Lora"
-    shutil.copy(loras / "star_quiet.safetensors", loras / "rank_1.safetensors")  # the style's
+    shutil.copy(loras / "comet_quiet.safetensors", loras / "rank_1.safetensors")  # the style's
     with WebUI(host, data, checkpoint, ui=True) as webui:
         yield webui
 
 
 HOSTS = {
-    "a1111": (tiny_world, f"{PROMPT} {LORAS}", {"width": 128, "height": 128, "steps": 20, "cfg_scale": 4}, "DDIM"),
+    "a1111": (tiny_world, f"{PROMPT} {LORAS}", {"width": 256, "height": 256, "steps": 20, "cfg_scale": 4}, "DDIM"),
     "neo": (
         lambda folders: small_webui(Neo, folders, ui=True),
         f"a cat {TAGS}",

@@ -12,9 +12,9 @@ from tests.live.webui import WebUI, prepare_data_dir
 pytestmark = pytest.mark.live
 
 WEIGHTS = ROOT / "tinyworld" / "weights"
-PROMPT = "a robot on the left and a mushroom on the right, in a city"
-LORAS = " ".join(f"<lora:{name}_quiet:1>" for name in ("robot", "mushroom", "city"))
-IMAGE = {"width": 128, "height": 128, "steps": 20, "cfg_scale": 4.0, "sampler_name": "DDIM"}
+PROMPT = "a zorg robot on the left and an amanita mushroom on the right, in a skyline town"
+LORAS = " ".join(f"<lora:{name}_quiet:1>" for name in ("zorg", "amanita", "skyline"))
+IMAGE = {"width": 256, "height": 256, "steps": 20, "cfg_scale": 4.0, "sampler_name": "DDIM"}
 
 
 def lay_out(folder: Path) -> tuple[Path, Path]:
