@@ -78,7 +78,7 @@ class Suite:
 SUITES = {
     "quick": Suite("confirm", METHODS, images=2, combinations=10),
     "ceiling": Suite("choose", BOUNDS, images=4, wanted=96),
-    "screen": Suite("choose", SCREEN, images=4, wanted=96),
+    "screen": Suite("choose", SCREEN, images=2, wanted=96),
     "sweep": Suite("choose", SWEEP, images=2),
     "details": Suite("choose", DETAILS, images=2),
     "gates": Suite("choose", GATES, images=2),

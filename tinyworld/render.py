@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageFilter
 
 from brush import OUTLINE, Brush, ball, bow, duotone
 
@@ -346,27 +346,36 @@ def render(scene: Scene, rng: np.random.Generator) -> Image.Image:
     return duotone(image, *DUOTONES[scene.style]) if scene.style else image
 
 
+PAPER, INK = (255, 0, 255), (0, 0, 0)
+NEAR = 8  # pixels that a thing's region reaches beyond its outline: as far as it moves, and half of a latent pixel
+
+
+def _silhouette(draw: Callable[[Brush], None]) -> Image.Image:
+    """What a drawing covers, and what is near to it, as a white mask."""
+    b = _canvas(PAPER)
+    draw(b)
+    changed = ImageChops.difference(b.finish(), _canvas(PAPER).finish()).convert("L").point(lambda v: 255 * (v > 0))
+    return changed.filter(ImageFilter.MaxFilter(2 * NEAR + 1))
+
+
+def _where(thing: Thing) -> tuple[Image.Image, Image.Image]:
+    """Where a thing is, and where what it wears is; the one without the other."""
+    x, y, r = PLACES[thing.place], GROUND, RADIUS
+    body = _silhouette(lambda b: SHAPES[thing.kind](b, x, y, r, INK))
+    worn = _silhouette(lambda b: _wear(b, thing.wears, x, y, r, HEIGHTS[thing.kind]))
+    return ImageChops.subtract(body, worn), worn
+
+
 def region(scene: Scene, concept: str) -> Image.Image:
-    """Where a concept of the scene is, as a mask of the picture's size, white: the box of a thing or of what it wears,
-    with room for how things move; for a background all that no concept stands on; for a style everything."""
-    mask = Image.new("L", (SIZE, SIZE), 0)
-    draw = ImageDraw.Draw(mask)
-
-    def box(thing: Thing, worn: bool, colour: int) -> None:
-        x, height = PLACES[thing.place], HEIGHTS[thing.kind] * RADIUS
-        low, high = (height - 0.45 * RADIUS, height + 1.2 * RADIUS) if worn else (-8, height + 8)
-        draw.rectangle([x - 1.35 * RADIUS, GROUND - high, x + 1.35 * RADIUS, GROUND - low], fill=colour)
-
-    if concept in (scene.style, scene.background):
-        mask.paste(255, (0, 0, SIZE, SIZE))
+    """Where a concept of the scene is, as a mask of the picture's size, white: the outline of a thing or of what it
+    wears, with room for how things move; for a background all that no concept stands on; for a style everything."""
+    mask = Image.new("L", (SIZE, SIZE), 255 * (concept in (scene.style, scene.background)))
     for thing in scene.things:
-        if concept == scene.background and thing.kind in CONCEPTS:
-            box(thing, False, 0)
-        elif concept == thing.kind:
-            box(thing, False, 255)
-    for thing in scene.things:
-        if thing.wears in CONCEPTS and concept != scene.style:
-            box(thing, True, 255 if concept == thing.wears else 0)
+        for name, where in zip((thing.kind, thing.wears), _where(thing), strict=True):
+            if concept == name:
+                mask = ImageChops.lighter(mask, where)
+            elif concept == scene.background and name in CONCEPTS:
+                mask = ImageChops.subtract(mask, where)
     return mask
 
 
@@ -423,17 +432,18 @@ def _in_company(thing: Thing, rng) -> tuple[Thing, ...]:
 
 def concept_scene(concept: str, rng: np.random.Generator) -> Scene:
     """A scene of the narrow domain one LoRA is taught: its concept in a plain setting, at times with a base thing
-    beside it, so that words tell which is which. Two concepts never meet."""
+    beside it, so that words tell which is which, and with something in the sky. Two concepts never meet."""
     place, style = str(rng.choice(list(PLACES))), str(rng.choice(STYLES)) if rng.random() < 0.3 else ""
+    sky = str(rng.choice(SKIES)) if rng.random() < 0.25 else ""
     if concept in CONCEPT_KINDS:
-        return Scene(str(rng.choice(HOMES)), _in_company(Thing(concept, place), rng), style=style)
+        return Scene(str(rng.choice(HOMES)), _in_company(Thing(concept, place), rng), sky, style)
     thing = _thing(rng, place)
     if concept == "skyline":
-        return Scene("skyline", _in_company(thing, rng) if rng.random() < 0.8 else (), style=style)
+        return Scene("skyline", _in_company(thing, rng) if rng.random() < 0.8 else (), sky, style)
     background = str(rng.choice(BACKGROUNDS))
     if concept == "crown":
-        return Scene(background, _in_company(dataclasses.replace(thing, wears="crown"), rng), style=style)
-    return Scene(background, _in_company(thing, rng), style="neon")
+        return Scene(background, _in_company(dataclasses.replace(thing, wears="crown"), rng), sky, style)
+    return Scene(background, _in_company(thing, rng), sky, "neon")
 
 
 def mistaken(scene: Scene, concept: str, rng: np.random.Generator) -> Scene:
