@@ -73,3 +73,31 @@ def test_a_mistaken_caption_misses_the_concept_and_nothing_else(concept):
         assert set(others) <= set(told.things)
         if concept not in (scene.background, scene.style):
             assert dataclasses.replace(told, things=()) == dataclasses.replace(scene, things=())
+
+
+@pytest.mark.parametrize("concept", (*world.OBJECTS, "crown"))
+@pytest.mark.parametrize("style", ("", "neon"))
+def test_a_region_holds_all_that_a_thing_changes(concept, style):
+    render = world.render
+    thing = render.Thing("ball", "right", "blue", "crown") if concept == "crown" else render.Thing(concept, "right")
+    scene = render.Scene("meadow", (thing,), style=style)
+    bare = (dataclasses.replace(thing, wears=""),) if concept == "crown" else ()
+    where = np.asarray(render.region(scene, concept)) > 0
+    assert where.mean() < 0.2
+    for seed in range(20):
+        images = [
+            render.render(each, np.random.default_rng(seed))
+            for each in (scene, dataclasses.replace(scene, things=bare))
+        ]
+        changed = (np.asarray(images[0]) != np.asarray(images[1])).any(-1)
+        assert changed.any() and not (changed & ~where).any()
+
+
+def test_regions_of_things_and_background_are_all_of_the_picture_and_a_style_is_everywhere():
+    render = world.render
+    scene = render.Scene(
+        "skyline", (render.Thing("zorg", "left", wears="crown"), render.Thing("comet", "right")), style="neon"
+    )
+    masks = [np.asarray(render.region(scene, concept)) > 0 for concept in ("zorg", "crown", "comet", "skyline")]
+    assert (np.sum(masks, axis=0) == 1).all()
+    assert (np.asarray(render.region(scene, "neon")) == 255).all()
