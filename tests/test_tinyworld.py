@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from typer.testing import CliRunner
 
 from benchmarks import world
@@ -37,6 +38,21 @@ def test_a_single_file_and_a_lora_paint_what_the_prompt_says(tiny, tmp_path):
     assert report["model"]["pipeline"] == "StableDiffusionPipeline"
     seen = tiny.judge.read([image])
     assert seen["left"] == ["zorg"] and seen["right"] == ["ball"]
+
+
+@pytest.mark.parametrize("file", sorted((WEIGHTS / "lora").glob("*.safetensors")), ids=lambda file: file.stem)
+def test_a_lora_names_the_unets_layers_as_the_checkpoint_does(file):
+    """Diffusers' names would be misread: AUTOMATIC1111 counts two ResNets a level in them, and this UNet has one."""
+    with safe_open(WEIGHTS / "tinyworld.safetensors", "pt") as checkpoint, safe_open(file, "pt") as lora:
+        prefix = "model.diffusion_model."
+        weights = [key for key in checkpoint.keys() if key.startswith(prefix) and key.endswith(".weight")]
+        layers = {f"lora_unet_{k.removeprefix(prefix).removesuffix('.weight').replace('.', '_')}": k for k in weights}
+        named = {key.partition(".")[0] for key in lora.keys() if key.startswith("lora_unet_")}
+        assert named and named <= set(layers)
+        for name in named:
+            weight = checkpoint.get_slice(layers[name]).get_shape()
+            assert lora.get_slice(f"{name}.lora_down.weight").get_shape()[1] == weight[1]
+            assert lora.get_slice(f"{name}.lora_up.weight").get_shape()[0] == weight[0]
 
 
 def test_without_the_lora_there_is_no_zorg(tiny):

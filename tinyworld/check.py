@@ -70,7 +70,8 @@ def check(of_base: int, of_lora: int) -> None:
     rows = [images[:8], images[8:16]]
     for concept in render.CONCEPTS:
         for kind in ("quiet", "leaky"):
-            pipe.load_lora_weights(shape.WEIGHTS / "lora", weight_name=f"{concept}_{kind}.safetensors")
+            file = f"{concept}_{kind}.safetensors"
+            pipe.load_lora_weights(shape.WEIGHTS / "lora", weight_name=file, unet_config=pipe.unet.config)
             home = [render.concept_scene(concept, rng) for _ in range(of_lora)]
             away = [render.elsewhere(concept, rng) for _ in range(of_lora)]
             pictures = [paint(pipe, s, SEED) for s in (home, away, scenes[:of_lora])]

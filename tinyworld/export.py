@@ -15,6 +15,7 @@ import model
 import shape
 
 LEVELS, RESNETS = len(shape.CHANNELS), shape.RESNETS
+UNET_PREFIX = "model.diffusion_model."
 RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -66,7 +67,7 @@ def unet_key(key: str) -> str:
     if ".resnets." in prefix:
         part, _, kind = rest.rpartition(".")
         rest = f"{RESNET[part]}.{kind}"
-    return f"model.diffusion_model.{UNET[prefix]}.{rest}"
+    return f"{UNET_PREFIX}{UNET[prefix]}.{rest}"
 
 
 def vae_key(key: str) -> str:
@@ -103,6 +104,16 @@ def checkpoint(work: Path) -> None:
     text.config.save_pretrained(shape.WEIGHTS / "text_encoder")
 
 
+def lora_stem(part: str, module: str) -> str:
+    """The name of a module of `unet` or `te` in a LoRA file: the UNet's as in the original layout, like SDXL's.
+
+    Diffusers' names are read by AUTOMATIC1111 as those of a UNet with two ResNets a level, whatever the UNet.
+    """
+    if part == "unet":
+        module = unet_key(f"{module}.weight").removeprefix(UNET_PREFIX).removesuffix(".weight")
+    return f"lora_{part}_{module.replace('.', '_')}"
+
+
 def lora(unet: torch.nn.Module, text: torch.nn.Module, path: Path, trigger: str, kind: str, scenes: int) -> None:
     """A trained adapter in kohya's layout, fp16; the trigger was in so many scenes."""
     state = {}
@@ -110,7 +121,7 @@ def lora(unet: torch.nn.Module, text: torch.nn.Module, path: Path, trigger: str,
         for key, value in get_peft_model_state_dict(part).items():
             module, _, end = key.rpartition(".lora_")
             module = prefix + module.removeprefix("base_model.model.").removeprefix(prefix)
-            stem = f"lora_{name}_{module.replace('.', '_')}"
+            stem = lora_stem(name, module)
             state[f"{stem}.lora_{'down' if end.startswith('A') else 'up'}.weight"] = value.half().contiguous()
             state[f"{stem}.alpha"] = torch.tensor(float(part.peft_config["default"].lora_alpha)).half()
     path.parent.mkdir(parents=True, exist_ok=True)

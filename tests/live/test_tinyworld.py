@@ -36,7 +36,7 @@ def contract(tmp_path_factory):
     host = installed_host()
     if not any((WEIGHTS / "lora").glob("*.safetensors")):
         pytest.skip("the tiny world has no trained weights here")
-    with WebUI(host, *lay_out(tmp_path_factory.mktemp("tinyworld"))) as webui:
+    with WebUI(host, *lay_out(tmp_path_factory.mktemp("tinyworld")), debug=True) as webui:
         yield Contract(webui, "a1111")
 
 
@@ -51,3 +51,9 @@ def test_each_lora_is_used(contract):
         answer = contract.plain(prompt=f"{PROMPT} <lora:{lora.stem}:1>", **IMAGE)
         assert (answer.images[0] != plain).any(), lora.stem
         assert f'Lora hashes: "{lora.stem}:' in answer.infotext
+
+
+def test_every_part_of_a_lora_finds_its_layer(contract):
+    """Of all the images above: neither the host nor the extension says otherwise."""
+    log = contract.webui.log()
+    assert [words for words in ("didn't match keys", "DEBUG [root] Network", "does not fit") if words in log] == []
