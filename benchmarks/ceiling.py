@@ -5,12 +5,12 @@ Whatever weighs by place can do no better, and what falls short of it here is th
 
 import base64
 import io
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from benchmarks.variants import Options
 from benchmarks.world import render
 
 
@@ -21,10 +21,9 @@ def written(mask: Image.Image) -> str:
     return base64.b64encode(file.getvalue()).decode("ascii")
 
 
-def informed(combination: Any, names: dict[str, str], options: Options) -> dict[str, Any]:
-    """Options with a mask for each concept that the scene names; ``names``: the LoRAs' own, by concept."""
-    masks = {name: {"mask": written(render.region(combination.scene, c))} for c, name in names.items()}
-    return {**options, "loras": masks}
+def informed(combination: Any, loras: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """A mask for each concept of the scene, as the option ``loras`` takes it; ``loras`` by concept."""
+    return {lora.name: {"mask": written(render.region(combination.scene, c))} for c, lora in loras.items()}
 
 
 def true_renders(combination: Any, seeds: Any) -> list[Image.Image]:

@@ -9,7 +9,8 @@
     ./dev evaluate --suite details              # the others, likewise
     ./dev evaluate --suite gates                # gates beside shares, patches, momentum, likewise
     ./dev evaluate --suite every-gate --variants "gates q 4" "p 2"  # of all combinations of these, some
-    ./dev evaluate --suite confirm              # methods and defaults, on the other half
+    ./dev evaluate --suite confirm              # what did best, the defaults and the ceiling, on the other half
+    ./dev evaluate --suite others               # other methods, baselines and turbo modes, likewise
     ./dev evaluate --suite soup                 # a baseline that learns for each of them
     ./dev evaluate --suite pool                 # all LoRAs loaded, one to three of them named
     ./dev evaluate --report                     # table and plot of what is in the results file
@@ -42,6 +43,7 @@ from benchmarks.painting import Painting, paint, psnr, step_statistics
 from benchmarks.report import write_report
 from benchmarks.variants import (
     BOUNDS,
+    CONFIRM,
     DETAILS,
     EVERY_GATE,
     GATES,
@@ -78,12 +80,13 @@ class Suite:
 SUITES = {
     "quick": Suite("confirm", METHODS, images=2, combinations=10),
     "ceiling": Suite("choose", BOUNDS, images=4, wanted=96),
-    "screen": Suite("choose", SCREEN, images=2, wanted=96),
+    "screen": Suite("choose", SCREEN, images=2, groups=("2", "3", "4", "5"), wanted=96),
     "sweep": Suite("choose", SWEEP, images=2),
     "details": Suite("choose", DETAILS, images=2),
     "gates": Suite("choose", GATES, images=2),
     "every-gate": Suite("choose", EVERY_GATE, images=2),
-    "confirm": Suite("confirm", (*METHODS, *OTHERS, *TURBO), images=2),
+    "confirm": Suite("confirm", CONFIRM, images=2, wanted=96),
+    "others": Suite("confirm", (*METHODS, *OTHERS, *TURBO), images=2),
     "soup": Suite("confirm", SOUP, images=2),
     "pool": Suite("confirm", POOL, images=2, groups=("1", "1+6", "2", "2+5", "3", "3+4")),
 }

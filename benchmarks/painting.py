@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks.baselines import BASELINES
 from benchmarks.ceiling import informed, true_renders
 from benchmarks.statistics import figures
-from benchmarks.variants import BASELINE, PERFECT, TRUTH, Options
+from benchmarks.variants import BASELINE, EVERYWHERE, PERFECT, TRUTH, Options, of_product
 from loratorio_ext.hosts.diffusers import composed, generators
 
 LARGEST = 99.0  # decibels, in place of infinity
@@ -46,9 +46,11 @@ def paint(world: Any, combination: Any, kind: str, options: Options, seeds: Sequ
         return Painting(true_renders(combination, seeds), [], time.perf_counter() - started)
     perfect = options.get(PERFECT)
     loras = {c: world.lora(c, kind) for c in (combination.named if perfect else combination.loras)}
-    options = {name: value for name, value in options.items() if name != PERFECT}
-    if perfect:
-        options = informed(combination, {concept: lora.name for concept, lora in loras.items()}, options)
+    claims = informed(combination, loras) if perfect else {}
+    style = combination.scene.style
+    if options.get(EVERYWHERE) and style in loras:
+        claims[loras[style].name] = {"base": True}
+    options = {**of_product(options), **({"loras": claims} if claims else {})}
     with composing(world, combination, list(loras.values()), options) as composition:
         images = world.pipe(
             combination.prompt,

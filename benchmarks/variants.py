@@ -87,18 +87,39 @@ CEILING_OF_SHARES = {PERFECT: True, "combination": "shares", "patch_size": 1}
 """The same where weights must add up to 1: a style and a thing share a patch."""
 CEILINGS = tuple({**each, "base_share": share} for each in (CEILING, CEILING_OF_SHARES) for share in (0.0, 0.5))
 """The ceiling is the best of them: what perfect information reaches also depends on how it is used."""
+EVERYWHERE = "style_in_every_pass"
+"""The option that a style's LoRA is in every pass, the base model's included, as a user says with ``base=1``."""
 BOUNDS = (TRUTH, *CEILINGS, MERGE, {})
 SLIDING = {"patch_size": 2, "patches": "sliding"}
+QUARTER = {**SLIDING, "patch_size": 4, "base_share": 0.25}
 SCREEN = (
     *CEILINGS,
     MERGE,
     {},
     *({**CENTRE, **SLIDING, "base_share": share} for share in (0.0, 0.25, 0.5)),
+    *({**CENTRE, **QUARTER, "temperature": kappa} for kappa in (0.1, 0.3)),
+    {**CENTRE, **QUARTER, "temperature": 0.1, "momentum": 0.8},
+    {**CENTRE, **QUARTER, "temperature": 0.1, "patch_size": 2},
     *({**GATED, **SLIDING, "base_share": share} for share in (0.0, 0.25, 0.5)),
     {**GATED, **SLIDING, "base_share": 0.0, "sharpness": 2.0},
     {**GATED, **SLIDING, "base_share": 0.0, "global_below": 0.75},
+    {**GATED, **QUARTER},
+    {**GATED, **QUARTER, "sharpness": 8.0, "base_share": 0.5},
 )
 """What the first look at a world goes through, beside the ceiling."""
+PLACED = {**GATED, **SLIDING, "base_share": 0.25}
+CONFIRM = (
+    TRUTH,
+    {**CEILING_OF_SHARES, "base_share": 0.5},
+    {**CEILING_OF_SHARES, "base_share": 0.5, EVERYWHERE: True},
+    MERGE,
+    PAPER,
+    {},
+    {EVERYWHERE: True},
+    PLACED,
+    {**PLACED, EVERYWHERE: True},
+)
+"""What is confirmed: the defaults, and what did best in the first look, each with styles in every pass, too."""
 
 NEEDS = {"reselect_every": "top_k"}
 """Options that mean nothing while another one is off, beside those that say so in the table."""
@@ -106,17 +127,21 @@ FORM = ("enabled", "pool", "pool_weight", "show_maps")
 """Options that say which LoRAs there are and what is shown of them: here every combination names its own."""
 
 
-def of_product(options: Options) -> Settings:
-    """The settings among the options, without what only the benchmarks know."""
-    return Settings.from_mapping({name: value for name, value in options.items() if name != PERFECT})
+OWN = (PERFECT, EVERYWHERE)
+"""Options that only the benchmarks know, beside the product's."""
+
+
+def of_product(options: Options) -> dict[str, Any]:
+    """The options without what only the benchmarks know."""
+    return {name: value for name, value in options.items() if name not in OWN}
 
 
 def resolved(options: Options) -> dict[str, Any]:
     """Every option that has an effect, by name, so that a result means the same when defaults change."""
     if BASELINE in options or options == TRUTH:
         return dict(options)
-    settings = of_product(options)
-    return {name: options[name] for name in (PERFECT,) if name in options} | {
+    settings = Settings.from_mapping(of_product(options))
+    return {name: options[name] for name in OWN if name in options} | {
         option.name: getattr(settings, option.name)
         for option in OPTIONS
         if option.used_by(settings.method)
@@ -140,9 +165,10 @@ def variant_name(options: Options) -> str:
     if BASELINE in options:
         says = {"cmlora": "CMLoRA", "concatenated": "concatenated at 1/N^{power:g}", "soup": "soup of {steps} steps"}
         return says[options[BASELINE]].format(**options)
-    settings = of_product(options)
+    settings = Settings.from_mapping(of_product(options))
+    everywhere = ", style in every pass" if EVERYWHERE in options else ""
     if PERFECT in options:
-        return f"perfect masks, {settings.combination}, λ {settings.base_share:g}"
+        return f"perfect masks, {settings.combination}, λ {settings.base_share:g}{everywhere}"
     if settings.method == "switch":
         return f"switch every {settings.switch_every}"
     if settings.method != "loratorio":
@@ -171,4 +197,4 @@ def variant_name(options: Options) -> str:
         words.append(f"refresh {settings.refresh} after {settings.warmup}")
     if settings.unnamed != "keep":
         words.append(f"unnamed {settings.unnamed}")
-    return ", ".join(words)
+    return ", ".join(words) + everywhere
