@@ -33,6 +33,12 @@ class Backend(Protocol):
     def read(self, networks: ModuleType, file: str) -> dict[str, Tensor]:
         """A LoRA's file, named as the host's loader expects it."""
 
+    def load(
+        self, networks: ModuleType, unet: Any, clip: Any, weights: dict, strengths: tuple[float, float], file: str
+    ) -> tuple[Any, Any]:
+        """Patchers of the UNet and the text encoders with one more LoRA at these ``(unet, text)`` strengths, to act as
+        the host lets its own act: merged into the weights, or added in passing."""
+
     def patches(self, patcher: Any, before: Any) -> Patches:
         """The patches that one patcher holds and another, of the same model, does not."""
 
@@ -65,14 +71,19 @@ class Backend(Protocol):
 
 
 class Plain:
-    """Nothing is known that cannot be isolated, files are as they are, encoding a prompt leaves no trace, and a model
-    does not care how many rows it is given."""
+    """Nothing is known that cannot be isolated, files are as they are, LoRAs are merged, encoding a prompt leaves no
+    trace, and a model does not care how many rows it is given."""
 
     def check(self, p: Any) -> None:
         pass
 
     def read(self, networks: ModuleType, file: str) -> dict[str, Tensor]:
         return networks.load_lora_state_dict(file)
+
+    def load(
+        self, networks: ModuleType, unet: Any, clip: Any, weights: dict, strengths: tuple[float, float], file: str
+    ) -> tuple[Any, Any]:
+        return networks.load_lora_for_models(unet, clip, weights, *strengths, filename=file)
 
     @contextmanager
     def encoding(self, model: Any) -> Iterator[None]:
@@ -261,6 +272,15 @@ class Neo(Plain, PatchesByParameter, PreparedEvaluation):
         weights = networks.load_lora_state_dict(file)
         doubled, usual = "lora_unet__", "lora_unet_"
         return {usual + key[len(doubled) :] if key.startswith(doubled) else key: weights[key] for key in weights}
+
+    def load(
+        self, networks: ModuleType, unet: Any, clip: Any, weights: dict, strengths: tuple[float, float], file: str
+    ) -> tuple[Any, Any]:
+        """Into weights in GGUF the host cannot merge: they would be destroyed, for every image to come."""
+        from backend.args import dynamic_args
+
+        in_passing = bool(dynamic_args.online_lora)
+        return networks.load_lora_for_models(unet, clip, weights, *strengths, filename=file, online_mode=in_passing)
 
     @staticmethod
     def dense(weight: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from loratorio_ext.hosts.neighbours import (
     owner,
     owner_of_file,
 )
+from loratorio_ext.isolation import uncompiled
 
 
 def functions_of(options: Any) -> Iterator[Callable]:
@@ -125,7 +126,8 @@ def alone(
     model: nn.Module, ours: Callable[[], bool], refuse: Callable[[str], Exception], options: Callable[[], Mapping]
 ) -> Iterator[None]:
     """While entered, the model answers only while ``ours()`` is true; ``refuse`` is told who else has called it:
-    an extension, or a function among ``options()``, the patcher's."""
+    an extension, or a function among ``options()``, the patcher's. Nor is the model run as it was compiled: such code
+    looks for nobody who asks who has called it."""
 
     def look(_module: nn.Module, _args: tuple) -> None:
         if not ours():
@@ -133,7 +135,8 @@ def alone(
 
     handle = model.diffusion_model.register_forward_pre_hook(look)
     try:
-        yield
+        with uncompiled():
+            yield
     finally:
         handle.remove()
 

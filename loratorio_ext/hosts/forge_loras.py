@@ -115,9 +115,9 @@ class Patched:
             return backend.read(networks, lora.file)
 
         weights = POOL_FILES.of((lora.file,), read) if lora.pooled else read()
-        for of_unet, of_text in lora.strengths:
+        for strengths in lora.strengths:
             own = dict(weights)  # a host renames some in place
-            unet, clip = networks.load_lora_for_models(unet, clip, own, of_unet, of_text, filename=lora.file)
+            unet, clip = backend.load(networks, unet, clip, own, strengths, lora.file)
         return Patched(unet, clip)
 
 

@@ -3,7 +3,7 @@
 from loratorio_ext.isolation.batches import ROWS_OF_A_POOL, BatchedCalls, IsolatedCalls, Row
 from loratorio_ext.isolation.branches import Branch, Delta, LowRank, in_main_memory, is_finite, is_inert, scaled
 from loratorio_ext.isolation.memory import CudaMemory
-from loratorio_ext.isolation.rows import Isolation
+from loratorio_ext.isolation.rows import Isolation, uncompiled
 from loratorio_ext.isolation.tally import Tally
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "is_finite",
     "is_inert",
     "scaled",
+    "uncompiled",
 ]

@@ -18,7 +18,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(Path.cwd()), str(Path.cwd() / "modules_forge" / "packages")]
-FAMILIES = ("sdxl", "flux", "schnell", "zimage", "qwen", "chroma", "klein", "lumina", "anima", "ernie", "wan")
+FAMILIES = ("sdxl", "flux", "schnell", "zimage", "qwen", "chroma", "klein", "lumina", "anima", "ernie", "wan", "krea")
 
 SDXL = {  # what the host knows the family by, all levels equally wide
     "in_channels": 4,
@@ -51,7 +51,7 @@ def parts_of(family, models):
     """``{prefix in the checkpoint: a module of the host's}``; the diffusion model first, then text encoders, last the
     VAE."""
     from backend import loader
-    from backend.nn import anima, chroma, clip, ernie, flux, lumina, qwen, t5, unet, vae, wan, wan_vae
+    from backend.nn import anima, chroma, clip, ernie, flux, krea, lumina, qwen, t5, unet, vae, wan, wan_vae
     from backend.nn.llm import llama
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -68,6 +68,7 @@ def parts_of(family, models):
         "anima": "circlestone-labs/Anima",
         "ernie": "baidu/ERNIE-Image",
         "wan": "Wan-AI/Wan2.1-T2V-14B",
+        "krea": "krea/Krea-2-Raw",
     }[family]
 
     def clip_of(name):
@@ -112,6 +113,7 @@ def parts_of(family, models):
             lambda: kl(vae.AutoencoderKLFlux2),
         ),
         "wan": (wan.WanModel, "umt5xxl.", t5.IntegratedT5, of_videos),
+        "krea": (krea.SingleStreamDiT, "qwen3vl_4b.transformer.", llama.Qwen3VL, of_videos),
         "anima": (anima.Anima, "qwen3_06b.transformer.", llama.Qwen3_06B, of_videos),
         "ernie": (
             ernie.ErnieImageModel,
@@ -161,6 +163,7 @@ MODULES = {
     "text_encoders.qwen3_4b.transformer.": "qwen3.",
     "text_encoders.gemma2_2b.transformer.": "gemma2.",
     "text_encoders.qwen3_06b.transformer.": "qwen3_06b.",
+    "text_encoders.qwen3vl_4b.transformer.": "qwen3vl_4b.",
     "text_encoders.ministral3_3b.transformer.": "ministral3.",
 }
 """What the host calls a text encoder, where that is not its name in the checkpoint."""

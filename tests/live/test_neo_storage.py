@@ -75,6 +75,17 @@ def test_one_lora_is_the_hosts_own_image(contract, storage):
     assert mean(composed.images, own.images) < effect / 2
 
 
+def test_a_lora_in_every_pass_is_the_hosts_own_sum(contract, storage):
+    """The host loads that one into the model, in its own way for what the model is stored in."""
+    row = payload({"prompt": TWO})
+    composed = contract.composed({"base_share": 0.0}, **row | {"prompt": f"{PLAIN} <lora:a:0.8:base=1> <lora:b:1>"})
+    own = contract.plain(**row)
+    effect = mean(own.images, contract.plain(**row | {"prompt": PLAIN}).images)
+    if STORAGES[storage].in_numbers:
+        assert largest(composed.images, own.images) <= TOLERANCE
+    assert mean(composed.images, own.images) < effect / 2
+
+
 def test_the_host_comes_back_as_it_was(contract):
     rows = payload({"prompt": PLAIN}), payload({"prompt": TWO})
     before = [contract.plain(**row) for row in rows]

@@ -167,7 +167,7 @@ class WebUI:
         flags: Sequence[str] = (),
         ui: bool = False,
         debug: bool = False,
-        timeout: float = 180.0,
+        timeout: float = 600.0,
     ):
         self.host = Path(host)
         self.data = Path(data).resolve()

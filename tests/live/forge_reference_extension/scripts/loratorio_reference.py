@@ -96,17 +96,31 @@ def merged(patches, weight, name):
     return calculate_weight(patches, weight.to(torch.float32, copy=True), name).to(weight.dtype)
 
 
+def numbers_of(module, leaf):
+    """A parameter's numbers, by the host's own means where it holds them in fewer bits."""
+    stored = module._parameters[leaf]
+    convert = getattr(module, f"convert_{leaf}", None)
+    if convert is not None:
+        stored = convert(stored)
+    if BACKEND:
+        from backend.operations_gguf import dequantize_tensor
+
+        stored = dequantize_tensor(stored)
+    return stored
+
+
 @contextmanager
 def weights(model, patches):
-    """While entered, the model's own parameters are the merged ones."""
+    """While entered, the model's own parameters are the merged ones: where it holds them in fewer bits, the sums are
+    not rounded to these once more."""
     before = []
     try:
         for name, of_parameter in patches.items():
             path, _, leaf = name.rpartition(".")
             module = model.get_submodule(path)
-            own = module._parameters[leaf]
-            before.append((module, leaf, own))
-            module._parameters[leaf] = torch.nn.Parameter(merged(of_parameter, own, name), requires_grad=False)
+            before.append((module, leaf, module._parameters[leaf]))
+            whole = merged(of_parameter, numbers_of(module, leaf), name)
+            module._parameters[leaf] = torch.nn.Parameter(whole, requires_grad=False)
         yield
     finally:
         for module, leaf, own in before:

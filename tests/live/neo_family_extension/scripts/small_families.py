@@ -12,6 +12,8 @@ LLM = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "n
 """Widths of the language models that encode prompts; their depth stays, since engines ask for layers by number."""
 T5 = {"d_model": 64, "d_ff": 128, "d_kv": 32, "num_heads": 2, "num_layers": 2}
 CLIP_LAYERS = 2
+EYES = {"num_heads": 2, "hidden_size": 64, "intermediate_size": 64, "depth": 1, "deepstack_visual_indexes": [0]}
+"""Of one of the language models, which looks at pictures, too."""
 
 FLUX = {
     "in_channels": 16,
@@ -59,6 +61,8 @@ MODELS = {
     | {"ffn_dim": 256, "text_dim": 64},
     "anima": {"in_channels": 16, "out_channels": 16, "patch_spatial": 2, "patch_temporal": 1, "model_channels": 256}
     | {"crossattn_emb_channels": 64, "adaln_lora_dim": 64, "num_blocks": 2, "num_heads": 2},
+    "krea": {"features": 256, "tdim": 64, "heads": 2, "kvheads": 1, "layers": 2, "txtdim": 64, "txtheads": 2}
+    | {"txtkvheads": 2},
     "ernie": {"hidden_size": 256, "num_attention_heads": 2, "num_layers": 2, "ffn_hidden_size": 256}
     | {"text_in_dim": 64, "in_channels": 128, "out_channels": 128, "patch_size": 1},
 }
@@ -72,6 +76,7 @@ DETECTED = {
     "klein": {"image_model": "flux2", "hidden_size": 3072},
     "wan": {"image_model": "wan2.1", "model_type": "t2v"},
     "anima": {"image_model": "anima"},
+    "krea": {"image_model": "krea2"},
     "ernie": {"image_model": "ernie"},
 }
 """What the host is told that it has found in a checkpoint whose own sizes it would not know."""
@@ -105,6 +110,8 @@ def small_encoders():
             each.name for each in getattr(kind, "__dataclass_fields__", {}).values()
         }:
             setattr(llama, name, lambda kind=kind: replace(kind(), **LLM))
+    if hasattr(llama, "QWEN3VL_VISION"):
+        llama.QWEN3VL_VISION = {**llama.QWEN3VL_VISION, **EYES}
     width, heads, adapter = LLM["hidden_size"], LLM["num_attention_heads"], llama.LLMAdapter
     llama.LLMAdapter = lambda: adapter(width, width, width, num_layers=2, num_heads=heads)
     from_pretrained = transformers.CLIPTextConfig.from_pretrained
