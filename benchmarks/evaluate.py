@@ -2,7 +2,7 @@
 
 ::
 
-    ./dev evaluate --suite quick                # every method, @QUICK_TIME@ on two cores
+    ./dev evaluate --suite quick                # every method, a few images of each
     ./dev evaluate --suite ceiling              # what perfect information reaches, beside Merge and the defaults
     ./dev evaluate --suite screen               # shares and gates beside them, on the same half
     ./dev evaluate --suite sweep                # LoRAtorio's main options, on one half of the combinations

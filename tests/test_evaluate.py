@@ -33,7 +33,19 @@ from benchmarks.statistics import (
     share_of_named,
     share_present,
 )
-from benchmarks.variants import CEILING, METHODS, OTHERS, PERFECT, SWEEP, TRUTH, exact_of, resolved, variant_name
+from benchmarks.variants import (
+    CEILING,
+    CEILING_OF_SHARES,
+    EVERYWHERE,
+    METHODS,
+    OTHERS,
+    PERFECT,
+    SWEEP,
+    TRUTH,
+    exact_of,
+    resolved,
+    variant_name,
+)
 from loratorio_ext.core import Plan, Predictions
 from loratorio_ext.hosts.diffusers import Step, load_lora
 from loratorio_ext.hosts.diffusers_loras import layers_of
@@ -404,6 +416,22 @@ def test_perfect_masks_say_where_each_lora_acts(tiny, monkeypatch):
     (by_hand,) = paint(tiny, combination, "quiet", {**gates, "loras": drawn}, (3,)).images
     (everywhere,) = paint(tiny, combination, "quiet", gates, (3,)).images
     assert image.tobytes() == by_hand.tobytes() != everywhere.tobytes()
+
+
+def test_a_style_in_every_pass_claims_no_place(tiny):
+    """The same as when somebody says so; where no style is named, nothing changes."""
+    combination = next(each for each in world.combinations("2") if each.scene.style)
+    style = tiny.lora(combination.scene.style, "quiet").name
+    (image,) = paint(tiny, combination, "quiet", {EVERYWHERE: True}, (3,)).images
+    (by_hand,) = paint(tiny, combination, "quiet", {"loras": {style: {"base": True}}}, (3,)).images
+    (beside,) = paint(tiny, combination, "quiet", {}, (3,)).images
+    assert image.tobytes() == by_hand.tobytes() != beside.tobytes()
+    plain = next(each for each in world.combinations("2") if not each.scene.style)
+    images = [paint(tiny, plain, "quiet", options, (3,)).images[0] for options in ({EVERYWHERE: True}, {})]
+    assert images[0].tobytes() == images[1].tobytes()
+    names = [variant_name(options) for options in ({}, {EVERYWHERE: True}, CEILING_OF_SHARES)]
+    names.append(variant_name({**CEILING_OF_SHARES, EVERYWHERE: True}))
+    assert len(set(names)) == 4 and sum("style in every pass" in name for name in names) == 2
 
 
 def test_true_renders_are_what_the_judge_calls_right():
