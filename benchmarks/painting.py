@@ -47,8 +47,7 @@ def paint(world: Any, combination: Any, kind: str, options: Options, seeds: Sequ
     perfect = options.get(PERFECT)
     loras = {c: world.lora(c, kind) for c in (combination.named if perfect else combination.loras)}
     claims = informed(combination, loras) if perfect else {}
-    style = combination.scene.style
-    if options.get(EVERYWHERE) and style in loras:
+    if options.get(EVERYWHERE) and (style := combination.scene.style) in loras:
         claims[loras[style].name] = {"base": True}
     options = {**of_product(options), **({"loras": claims} if claims else {})}
     with composing(world, combination, list(loras.values()), options) as composition:
