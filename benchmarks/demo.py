@@ -19,7 +19,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.painting import Painting, paint
-from benchmarks.variants import CEILING_OF_SHARES, COMPOSITE, MERGE, SWITCH, Options
+from benchmarks.variants import COMPOSITE, MERGE, REACHED, SWITCH, Options
 from benchmarks.world import KINDS, OBJECTS, SIZE, Combination, World, compatible, render, scene_of
 from loratorio_ext.heatmaps import painted, parts_of
 from loratorio_ext.record import Record
@@ -30,7 +30,7 @@ METHODS: dict[str, Options] = {
     "Switch": SWITCH,
     "Composite": COMPOSITE,
     LORATORIO: {},
-    "Perfect masks:\nthe most that\nplaces can do": CEILING_OF_SHARES,
+    "Perfect masks:\nthe most that\nplaces can do": REACHED,
 }
 PAINTED = "LoRAtorio:\nwho painted\nwhat"
 LORAS = ("penguin", "amanita", "skyline")

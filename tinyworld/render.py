@@ -354,8 +354,8 @@ def _silhouette(draw: Callable[[Brush], None]) -> Image.Image:
     """What a drawing covers, and what is near to it, as a white mask."""
     b = _canvas(PAPER)
     draw(b)
-    changed = ImageChops.difference(b.finish(), _canvas(PAPER).finish()).convert("L").point(lambda v: 255 * (v > 0))
-    return changed.filter(ImageFilter.MaxFilter(2 * NEAR + 1))
+    changed = ImageChops.difference(b.finish(), Image.new("RGB", (SIZE, SIZE), PAPER)).convert("L")
+    return changed.point(lambda v: 255 * (v > 0)).filter(ImageFilter.MaxFilter(2 * NEAR + 1))
 
 
 def _where(thing: Thing) -> tuple[Image.Image, Image.Image]:
