@@ -85,7 +85,7 @@ CEILING = {PERFECT: True, "combination": "gates", "sharpness": 0.0, "patch_size"
 """Perfect information (see `benchmarks.ceiling`): each LoRA's difference in full where the scene has its concept."""
 CEILING_OF_SHARES = {PERFECT: True, "combination": "shares", "patch_size": 1}
 """The same where weights must add up to 1: a style and a thing share a patch."""
-CEILINGS = tuple({**each, "base_share": share} for each in (CEILING, CEILING_OF_SHARES) for share in (0.0, 0.5))
+CEILINGS = tuple({**each, "base_share": share} for each in (CEILING, CEILING_OF_SHARES) for share in (0.0, 0.25, 0.5))
 """The ceiling is the best of them: what perfect information reaches also depends on how it is used."""
 REACHED = CEILINGS[-1]
 """The best of them so far."""

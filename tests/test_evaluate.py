@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import ceiling, composlora, demo, soup, world
+from benchmarks import ceiling, composlora, demo, evaluate, soup, world
 from benchmarks.baselines import CMLoRA, high_frequency_share
 from benchmarks.evaluate import SUITES, Suite, Unit, named, read_rows, run, units
 from benchmarks.painting import paint, psnr, step_statistics
@@ -36,6 +36,7 @@ from benchmarks.statistics import (
 from benchmarks.variants import (
     CEILING,
     CEILING_OF_SHARES,
+    COMPOSITE,
     EVERYWHERE,
     METHODS,
     OTHERS,
@@ -371,6 +372,16 @@ def test_a_run_is_taken_up_where_it_was_cut_short(tiny, tmp_path):
     assert (merge["cost"], paper["cost"]) == (1, 4)
     assert turbo["cost"] == pytest.approx((4 + 2 + 2) / 3, abs=1e-3)
     assert set(paper["intruders"]) == set(unit.combination.loras) - set(unit.combination.named)
+
+
+@pytest.mark.parametrize("style, paintings", [(True, 2), (False, 1)])
+def test_where_no_style_is_named_both_ways_are_one_painting(tiny, monkeypatch, style, paintings):
+    combination = next(each for each in world.combinations("2") if bool(each.scene.style) == style)
+    made = []
+    monkeypatch.setattr(evaluate, "paint", lambda *args: made.append(args) or paint(*args))
+    rows = list(Unit(combination, "quiet", (1,)).rows(tiny, (COMPOSITE, {**COMPOSITE, EVERYWHERE: True})))
+    assert len(made) == paintings and len({row["key"] for row in rows}) == 2
+    assert style or rows[0]["distance"] == rows[1]["distance"]
 
 
 def test_a_line_cut_short_is_not_read(tmp_path):
