@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.contract.rows import TOLERANCE, Contract, largest, mean
-from tests.live.forge import REFERENCE, ROOT, Neo
+from tests.live.forge import REFERENCE, ROOT, Neo, environment, installed
 from tests.live.webui import RequestError, WebUI, host_python, prepare_data_dir
 
 pytestmark = pytest.mark.live
@@ -58,18 +58,6 @@ ROWS = {
 
 
 @contextmanager
-def environment(variables: dict[str, str]) -> Iterator[None]:
-    """While entered, these variables are set in the environment, which servers inherit."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-@contextmanager
 def family_webui(
     family: str,
     folder: Path,
@@ -80,12 +68,10 @@ def family_webui(
     extensions: tuple[Path, ...] = (),
 ) -> Iterator[WebUI]:
     """An installed Neo with a checkpoint and LoRAs of this family; ``options`` are the host's, from the start on."""
-    host = os.environ.get("LORATORIO_NEO_DIR")
-    if not host:
-        pytest.skip("LORATORIO_NEO_DIR does not name an installed Neo")
+    host = installed(Neo)
     data = prepare_data_dir(folder, (ROOT, REFERENCE, EXTENSION, *extensions))
     checkpoints, loras = data / "models" / "Stable-diffusion", data / "models" / "Lora"
-    command = [host_python(Path(host), "NEO"), HERE / "neo_checkpoints.py", family, "--storage", storage]
+    command = [host_python(host, "NEO"), HERE / "neo_checkpoints.py", family, "--storage", storage]
     command += ["--checkpoints", checkpoints, "--loras", loras]
     subprocess.run(command, check=True, cwd=host, env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
     checkpoint, chosen = checkpoints / f"small-{family}.safetensors", dict(options or {})
@@ -96,7 +82,7 @@ def family_webui(
     config.write_text(json.dumps(json.loads(config.read_text(encoding="utf-8")) | chosen), encoding="utf-8")
     with (
         environment({"LORATORIO_FAMILY": family}),
-        kind(Path(host), data, checkpoint, flags=(Neo.lora_flag, str(loras))) as webui,
+        kind(host, data, checkpoint, flags=(Neo.lora_flag, str(loras))) as webui,
     ):
         webui.lora_names = ("a", "b", "c")
         yield webui

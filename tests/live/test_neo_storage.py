@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from tests.contract.rows import TOLERANCE, Contract, largest, mean
-from tests.live.forge import Neo
-from tests.live.test_neo_families import ONE, PLAIN, THREE, TWO, environment, family_webui, payload
+from tests.live.forge import Neo, environment
+from tests.live.test_neo_families import ONE, PLAIN, THREE, TWO, family_webui, payload
 
 pytestmark = pytest.mark.live
 
