@@ -121,18 +121,6 @@ def installed(kind: type[Forge]) -> Path:
 
 
 @contextmanager
-def environment(variables: dict[str, str]) -> Iterator[None]:
-    """While entered, these variables are set in the environment, which servers inherit."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-@contextmanager
 def small_webui(kind: type[Forge], tmp_path_factory, **options) -> Iterator[Forge]:
     """An installed host of this kind with the extension, the tests' own scripts, and a small checkpoint."""
     host = installed(kind)

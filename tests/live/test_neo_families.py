@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.contract.rows import TOLERANCE, Contract, largest, mean
-from tests.live.forge import REFERENCE, ROOT, Neo, environment, installed
+from tests.live.forge import REFERENCE, ROOT, Neo, installed
 from tests.live.webui import RequestError, WebUI, host_python, prepare_data_dir
 
 pytestmark = pytest.mark.live
@@ -66,8 +66,10 @@ def family_webui(
     options: dict | None = None,
     kind: type[Neo] = Neo,
     extensions: tuple[Path, ...] = (),
+    variables: dict[str, str] | None = None,
 ) -> Iterator[WebUI]:
-    """An installed Neo with a checkpoint and LoRAs of this family; ``options`` are the host's, from the start on."""
+    """An installed Neo with a checkpoint and LoRAs of this family; ``options`` are the host's, from the start on;
+    ``variables`` are more of its environment."""
     host = installed(Neo)
     data = prepare_data_dir(folder, (ROOT, REFERENCE, EXTENSION, *extensions))
     checkpoints, loras = data / "models" / "Stable-diffusion", data / "models" / "Lora"
@@ -80,10 +82,8 @@ def family_webui(
         chosen["forge_additional_modules"] = [str(checkpoints / f"{n}.safetensors") for n in ("clip_l", "t5xxl", "vae")]
     config = data / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text(encoding="utf-8")) | chosen), encoding="utf-8")
-    with (
-        environment({"LORATORIO_FAMILY": family}),
-        kind(host, data, checkpoint, flags=(Neo.lora_flag, str(loras))) as webui,
-    ):
+    variables = {"LORATORIO_FAMILY": family, **(variables or {})}
+    with kind(host, data, checkpoint, flags=(Neo.lora_flag, str(loras)), variables=variables) as webui:
         webui.lora_names = ("a", "b", "c")
         yield webui
 

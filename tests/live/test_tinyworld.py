@@ -52,11 +52,8 @@ def on_a1111(folder: Path) -> Iterator[WebUI]:
 def on_neo(folder: Path) -> Iterator[WebUI]:
     host = forge.installed(forge.Neo)
     data, checkpoint = lay_out(folder, (ROOT, forge.REFERENCE, HERE / "neo_tinyworld_extension"))
-    flags = (forge.Neo.lora_flag, str(data / "models" / "Lora"))
-    with (
-        forge.environment({"LORATORIO_TINYWORLD": str(WEIGHTS)}),
-        forge.Neo(host, data, checkpoint, flags=flags) as webui,
-    ):
+    flags, variables = (forge.Neo.lora_flag, str(data / "models" / "Lora")), {"LORATORIO_TINYWORLD": str(WEIGHTS)}
+    with forge.Neo(host, data, checkpoint, flags=flags, variables=variables) as webui:
         webui.lora_names = None
         yield webui
 
