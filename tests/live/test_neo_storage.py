@@ -43,7 +43,7 @@ STORAGES = {
     "scaled float8": Storage(False, {"storage": "float8"}),
     "GGUF": Storage(True, {"storage": "gguf"}),
     "bfloat16": Storage(False, {"kind": InBfloat16}),
-    "half of it elsewhere": Storage(True, fitting("1500000")),
+    "most of it elsewhere": Storage(True, fitting("1500000")),
     "all of it elsewhere": Storage(True, fitting("1")),
 }
 
