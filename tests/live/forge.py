@@ -111,13 +111,19 @@ def lay_out_small_data(folder: Path, extensions: tuple[Path, ...]) -> tuple[Path
     return data, checkpoint
 
 
+def installed(kind: type[Forge]) -> Path:
+    """Folder of the installed host of this kind; skips the test where there is none."""
+    variable = f"LORATORIO_{kind.name}_DIR"
+    folder = os.environ.get(variable)
+    if not folder:
+        pytest.skip(f"{variable} does not name an installed {kind.__name__}")
+    return Path(folder)
+
+
 @contextmanager
 def small_webui(kind: type[Forge], tmp_path_factory, **options) -> Iterator[Forge]:
     """An installed host of this kind with the extension, the tests' own scripts, and a small checkpoint."""
-    variable = f"LORATORIO_{kind.name}_DIR"
-    host = os.environ.get(variable)
-    if not host:
-        pytest.skip(f"{variable} does not name an installed {kind.__name__}")
+    host = installed(kind)
     data, checkpoint = lay_out_small_data(tmp_path_factory.mktemp(kind.name.lower()), (ROOT, REFERENCE, SABOTAGE))
-    with kind(Path(host), data, checkpoint, flags=(kind.lora_flag, str(data / "models" / "Lora")), **options) as webui:
+    with kind(host, data, checkpoint, flags=(kind.lora_flag, str(data / "models" / "Lora")), **options) as webui:
         yield webui

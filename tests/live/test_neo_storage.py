@@ -10,7 +10,7 @@ import pytest
 
 from tests.contract.rows import TOLERANCE, Contract, largest, mean
 from tests.live.forge import Neo
-from tests.live.test_neo_families import ONE, PLAIN, THREE, TWO, environment, family_webui, payload
+from tests.live.test_neo_families import ONE, PLAIN, THREE, TWO, family_webui, payload
 
 pytestmark = pytest.mark.live
 
@@ -30,7 +30,11 @@ class Storage:
 
     in_numbers: bool
     start: dict = field(default_factory=dict)
-    environment: dict[str, str] = field(default_factory=dict)
+
+
+def fitting(size: str) -> dict:
+    """A start after which so many bytes of a model fit where it is computed."""
+    return {"extensions": (MEMORY,), "variables": {"LORATORIO_FITTING_BYTES": size}}
 
 
 STORAGES = {
@@ -39,8 +43,8 @@ STORAGES = {
     "scaled float8": Storage(False, {"storage": "float8"}),
     "GGUF": Storage(True, {"storage": "gguf"}),
     "bfloat16": Storage(False, {"kind": InBfloat16}),
-    "half of it elsewhere": Storage(True, {"extensions": (MEMORY,)}, {"LORATORIO_FITTING_BYTES": "1500000"}),
-    "all of it elsewhere": Storage(True, {"extensions": (MEMORY,)}, {"LORATORIO_FITTING_BYTES": "1"}),
+    "most of it elsewhere": Storage(True, fitting("1500000")),
+    "all of it elsewhere": Storage(True, fitting("1")),
 }
 
 
@@ -51,10 +55,7 @@ def storage(request) -> str:
 
 @pytest.fixture(scope="module")
 def contract(storage, tmp_path_factory) -> Iterator[Contract]:
-    with (
-        environment(STORAGES[storage].environment),
-        family_webui("flux", tmp_path_factory.mktemp("flux"), **STORAGES[storage].start) as webui,
-    ):
+    with family_webui("flux", tmp_path_factory.mktemp("flux"), **STORAGES[storage].start) as webui:
         yield Contract(webui, "flux")
 
 

@@ -20,9 +20,10 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from PIL import Image
@@ -150,7 +151,8 @@ class WebUI:
     ``host``: folder of the installed WebUI, run by ``host_python``. ``data``: its data folder (``prepare_data_dir``).
     ``checkpoint``: the model file. ``flags``: more command line flags. ``ui``: also serve the browser's interface, at
     ``url``. ``debug``: log at level DEBUG, where the host tells of network keys that match no layer and of layers
-    that a network does not fit. ``timeout``: seconds to wait for the start.
+    that a network does not fit. ``timeout``: seconds to wait for the start. ``variables``: more of them in the server's
+    environment.
     """
 
     name = "A1111"
@@ -168,10 +170,12 @@ class WebUI:
         ui: bool = False,
         debug: bool = False,
         timeout: float = 600.0,
+        variables: Mapping[str, str] = MappingProxyType({}),
     ):
         self.host = Path(host)
         self.data = Path(data).resolve()
         self.timeout = timeout
+        self.variables = dict(variables)
         # A request that comes while the browser's interface is put up ends the host.
         self.marks = (self.loaded, "Startup time") if ui else (self.loaded,)
         self.log_path = self.data / "webui.log"
@@ -191,6 +195,7 @@ class WebUI:
 
     def __enter__(self) -> WebUI:
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        environment |= self.variables
         with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(
                 self.command,
