@@ -87,7 +87,7 @@ CEILING_OF_SHARES = {PERFECT: True, "combination": "shares", "patch_size": 1}
 """The same where weights must add up to 1: a style and a thing share a patch."""
 CEILINGS = tuple({**each, "base_share": share} for each in (CEILING, CEILING_OF_SHARES) for share in (0.0, 0.25, 0.5))
 """The ceiling is the best of them: what perfect information reaches also depends on how it is used."""
-REACHED = CEILINGS[-1]
+REACHED = {**CEILING_OF_SHARES, "base_share": 0.25}
 """The best of them so far."""
 EVERYWHERE = "style_in_every_pass"
 """The option that a style's LoRA is in every pass, the base model's included, as a user says with ``base=1``."""

@@ -303,9 +303,8 @@ def _backdrop(name: str, rng: np.random.Generator) -> Brush:
         b.rectangle(-9, horizon, 265, 265, (225, 200, 160))
         _houses(b, horizon, (245, 245, 240), None, (40, 110, 190), 58, (70, 48, 70, 48), gabled=False)
     elif name == "skyline":
-        b = _canvas((45, 35, 80))
-        b.rectangle(-9, horizon, 265, 265, (75, 75, 85))
-        _houses(b, horizon, (35, 50, 75), None, (255, 225, 110), 58, (108, 140, 92, 124), gabled=False)
+        b.rectangle(-9, horizon, 265, 265, (125, 125, 135))
+        _houses(b, horizon, (70, 95, 140), None, (255, 225, 110), 58, (108, 140, 92, 124), gabled=False)
     return b
 
 
