@@ -446,11 +446,15 @@ def test_a_style_in_every_pass_claims_no_place(tiny):
 
 
 def test_true_renders_are_what_the_judge_calls_right():
-    combination = world.combinations("2")[0]
-    made = paint(None, combination, "quiet", TRUTH, (3, 4))
-    assert made.cost == 0 and made.steps == [] and len(made.images) == 2
-    judge = world.import_module("classifier").Classifier.load()
-    assert all(all(shown) for shown in world.judged(judge, combination, made.images)["present"].values())
+    """But for a few: it misses the crown on a mushroom in neon."""
+    judge, right = world.import_module("classifier").Classifier.load(), []
+    for combination in (*world.combinations("2"), *world.combinations("5")):
+        made = paint(None, combination, "quiet", TRUTH, (3, 4))
+        assert made.cost == 0 and made.steps == [] and len(made.images) == 2
+        follows = judge.follows(made.images, combination.scene)
+        asked = [follows[question] for question in world.questions(combination.scene).values()]
+        right += [all(of_image) for of_image in zip(*asked, judge.clean(made.images))]
+    assert np.mean(right) > 0.95
 
 
 def test_half_precision_has_rows_of_its_own(tiny):
