@@ -107,11 +107,6 @@ class Unit:
         identity += ["half"] if world.half else []
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
-    @property
-    def has_style(self) -> bool:
-        """Whether a LoRA of the combination is the scene's style."""
-        return self.combination.scene.style in self.combination.named
-
     def rows(self, world: Any, variants: Iterable[Options]) -> Iterator[dict[str, Any]]:
         """A row for each way; what comes fast is compared with what is exact."""
 
@@ -120,8 +115,8 @@ class Unit:
             return paint(world, self.combination, self.kind, json.loads(options), self.seeds)
 
         for options in map(resolved, variants):
-            acting = {name: value for name, value in options.items() if name != EVERYWHERE or self.has_style}
-            made = painting(json.dumps(acting))
+            idle = (EVERYWHERE,) if options.get(EVERYWHERE) and not self.combination.scene.style else ()
+            made = painting(json.dumps({name: value for name, value in options.items() if name not in idle}))
             exact = exact_of(options)
             yield {
                 "key": self.key(world, options),

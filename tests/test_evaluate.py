@@ -445,16 +445,20 @@ def test_a_style_in_every_pass_claims_no_place(tiny):
     assert len(set(names)) == 4 and sum("style in every pass" in name for name in names) == 2
 
 
+MISREAD = {"crown+neon", "zorg+skyline"}
+"""Of the twos, those of whose true renders the judge misses some: the model card says how many."""
+
+
 def test_true_renders_are_what_the_judge_calls_right():
-    """But for a few: it misses the crown on a mushroom in neon."""
-    judge, right = world.import_module("classifier").Classifier.load(), []
+    judge, right = world.import_module("classifier").Classifier.load(), {}
     for combination in (*world.combinations("2"), *world.combinations("5")):
         made = paint(None, combination, "quiet", TRUTH, (3, 4))
         assert made.cost == 0 and made.steps == [] and len(made.images) == 2
         follows = judge.follows(made.images, combination.scene)
         asked = [follows[question] for question in world.questions(combination.scene).values()]
-        right += [all(of_image) for of_image in zip(*asked, judge.clean(made.images))]
-    assert np.mean(right) > 0.95
+        right[combination.name] = [all(of_image) for of_image in zip(*asked, judge.clean(made.images))]
+    assert {name for name, of_images in right.items() if not all(of_images)} <= MISREAD
+    assert np.mean(list(right.values())) > 0.95
 
 
 def test_half_precision_has_rows_of_its_own(tiny):
