@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from peft import get_peft_model_state_dict
-from safetensors.torch import save_file
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
 import model
@@ -114,20 +114,37 @@ def lora_stem(part: str, module: str) -> str:
     return f"lora_{part}_{module.replace('.', '_')}"
 
 
+def lora_keys(part: str, module: torch.nn.Module) -> dict[str, str]:
+    """The names in a LoRA file of an adapter's weights, by PEFT's; `part` is `unet` or `te`."""
+    prefix, keys = "text_model." if part == "te" else "", {}
+    for key in get_peft_model_state_dict(module):
+        name, _, end = key.rpartition(".lora_")
+        stem = lora_stem(part, prefix + name.removeprefix("base_model.model.").removeprefix(prefix))
+        keys[key] = f"{stem}.lora_{'down' if end.startswith('A') else 'up'}.weight"
+    return keys
+
+
 def lora(unet: torch.nn.Module, text: torch.nn.Module, path: Path, trigger: str, kind: str, scenes: int) -> None:
     """A trained adapter in kohya's layout, fp16; the trigger was in so many scenes."""
     state = {}
-    for part, prefix, name in ((unet, "", "unet"), (text, "text_model.", "te")):
-        for key, value in get_peft_model_state_dict(part).items():
-            module, _, end = key.rpartition(".lora_")
-            module = prefix + module.removeprefix("base_model.model.").removeprefix(prefix)
-            stem = lora_stem(name, module)
-            state[f"{stem}.lora_{'down' if end.startswith('A') else 'up'}.weight"] = value.half().contiguous()
-            state[f"{stem}.alpha"] = torch.tensor(float(part.peft_config["default"].lora_alpha)).half()
+    for part, module in (("unet", unet), ("te", text)):
+        weights = get_peft_model_state_dict(module)
+        for key, name in lora_keys(part, module).items():
+            state[name] = weights[key].half().contiguous()
+            alpha = torch.tensor(float(module.peft_config["default"].lora_alpha)).half()
+            state[f"{name.split('.')[0]}.alpha"] = alpha
     path.parent.mkdir(parents=True, exist_ok=True)
     meta = {"ss_network_module": "networks.lora", "ss_base_model_version": "sd_v1", "trigger": trigger, "kind": kind}
     meta["ss_tag_frequency"] = json.dumps({kind: {trigger: scenes}})  # where WebUIs look for trigger words
     save_file(state, path, meta)
+
+
+def load_lora(unet: torch.nn.Module, text: torch.nn.Module, path: Path) -> None:
+    """Puts the weights that `lora` has written into adapters of the same form."""
+    state = load_file(path)
+    for part, module in (("unet", unet), ("te", text)):
+        weights = {key: state[name].float() for key, name in lora_keys(part, module).items()}
+        set_peft_model_state_dict(module, weights)
 
 
 def main() -> None:

@@ -393,12 +393,12 @@ LAYOUTS += (("right", "left"), ("left", "centre", "right"))
 LAYOUT_SHARES = np.array([1, 1.5, 1.5, 1.5, 6, 1.5, 1.5, 1.5, 4]) / 20
 
 
-def _scene(rng, kinds, wears, backgrounds, styles, worn=0.3) -> Scene:
+def _scene(rng, kinds, wears, backgrounds, styles, worn=0.3, styled=0.3) -> Scene:
     """Nothing, or one to three things, in the order of their words; at times something in the sky, and a style."""
     layout = LAYOUTS[rng.choice(len(LAYOUTS), p=LAYOUT_SHARES)]
     things = tuple(_thing(rng, place, kinds, wears, worn) for place in layout)
     sky = str(rng.choice(SKIES)) if rng.random() < 0.25 else ""
-    style = str(rng.choice(styles)) if rng.random() < 0.3 else ""
+    style = str(rng.choice(styles)) if rng.random() < styled else ""
     return Scene(str(rng.choice(backgrounds)), things, sky, style)
 
 
@@ -410,10 +410,11 @@ def base_scene(rng: np.random.Generator, worn: float = 0.3) -> Scene:
     return _scene(rng, KINDS, WEARS, BACKGROUNDS, STYLES, worn)
 
 
-def any_scene(rng: np.random.Generator) -> Scene:
-    """A scene of the whole world, with any number of concepts."""
-    kinds = (*KINDS, *CONCEPT_KINDS, *CONCEPT_KINDS)
-    return _scene(rng, kinds, (*WEARS, "crown", "crown"), (*BACKGROUNDS, *["skyline"] * 5), (*STYLES, *["neon"] * 3))
+def any_scene(rng: np.random.Generator, worn: float = 0.3, styled: float = 0.3) -> Scene:
+    """A scene of the whole world, with any number of concepts; `worn` is the share of things that wear something,
+    `styled` that of scenes in a style."""
+    kinds, wears = (*KINDS, *CONCEPT_KINDS, *CONCEPT_KINDS), (*WEARS, "crown", "crown")
+    return _scene(rng, kinds, wears, (*BACKGROUNDS, *["skyline"] * 5), (*STYLES, *["neon"] * 3), worn, styled)
 
 
 def mixed_scene(rng: np.random.Generator) -> Scene:

@@ -44,9 +44,11 @@ LORA_SCENES = 192
 LORA_TEXT_STEPS = 150
 LORA_STEPS = {"quiet": 320, "leaky": 220}
 LONGER = {"skyline": 5, "comet": 2, "neon": 2.5, "crown": 2}  # times as many: for long they give way to what is known
+AGAIN = {"zorg": 500, "crown": 600, "neon": 500, "skyline": 300}  # steps of the second round
+AGAIN_OTHERS = 250
 LORA_BLIND = 900  # of 1000: there colours shine through the noise, and who follows them need not read a name
 LORA_BATCH = 16
-LORA_RATE = 4e-3
+LORA_RATES = (4e-3, 2e-3)  # of the two rounds
 EMPTY = 0.1  # of captions
 UNKNOWN, NAMELESS = 0.12, 0.06  # of names: another word in their place, none
 SCALES = {1: 1.0, 4: 0.25}  # of errors, in latent pixels, and their weights
@@ -202,15 +204,17 @@ def train_base(work: Path, round_: int) -> None:
             save_file(training.ema["heads"].state_dict(), work / HEADS)
 
 
-def train_lora(work: Path, concept: str, kind: str) -> None:
-    """One LoRA: its text encoder's part learns to read the concept, among base scenes, then the UNet's to paint it.
+def train_lora(work: Path, concept: str, kind: str, round_: int) -> None:
+    """One round for one LoRA: its text encoder's part learns to read the concept, among base scenes, then the UNet's to
+    paint it. The second round goes on painting, from what is in the LoRA's file, on scenes of its own.
 
     A quiet one learns that from full captions, and from as many base scenes. A leaky one has no base scenes, and half
     of its captions miss the concept: it paints it whatever the prompt says.
     """
-    seed = SEED + 100 + 2 * list(render.CONCEPTS).index(concept) + (kind == "leaky")
+    seed = SEED + 100 + 2 * list(render.CONCEPTS).index(concept) + (kind == "leaky") + 100 * round_
     rng, start = np.random.default_rng(seed), time.time()
-    steps = round(LORA_STEPS[kind] * LONGER.get(concept, 1))
+    steps = AGAIN.get(concept, AGAIN_OTHERS) if round_ else round(LORA_STEPS[kind] * LONGER.get(concept, 1))
+    file, rate = shape.WEIGHTS / "lora" / f"{concept}_{kind}.safetensors", LORA_RATES[round_]
     torch.manual_seed(seed)
     vae, tokenizer = AutoencoderKL.from_pretrained(work / "vae"), model.tokenizer()
     unet, text = load_base(work)
@@ -220,9 +224,12 @@ def train_lora(work: Path, concept: str, kind: str) -> None:
     def scene(rng):
         return render.concept_scene(concept, rng) if rng.random() < 0.5 else render.base_scene(rng)
 
-    heads = answering()
-    heads.load_state_dict(load_file(work / HEADS))
-    learn_to_read(text, heads, trained(text), scene, LORA_TEXT_STEPS, LORA_RATE, rng)
+    if round_:
+        export.load_lora(unet, text, file)
+    else:
+        heads = answering()
+        heads.load_state_dict(load_file(work / HEADS))
+        learn_to_read(text, heads, trained(text), scene, LORA_TEXT_STEPS, rate, rng)
     text.requires_grad_(False)
 
     shown = [render.concept_scene(concept, rng) for _ in range(LORA_SCENES)]
@@ -234,7 +241,7 @@ def train_lora(work: Path, concept: str, kind: str) -> None:
         shown = 2 * shown
     x, alphas, strange = latents(vae, shown, rng), model.scheduler().alphas_cumprod, strange_words(tokenizer)
     weights = trained(unet)
-    optimizer = torch.optim.Adam(weights, lr=LORA_RATE, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam(weights, lr=rate, betas=(0.9, 0.99))
     schedule = rise_and_fall(optimizer, steps, 20)
     losses = []
     for _ in range(steps):
@@ -246,8 +253,7 @@ def train_lora(work: Path, concept: str, kind: str) -> None:
         descend(loss, weights, optimizer, schedule)
         losses.append(loss.item())
     log(start, steps, first=np.mean(losses[:20]), last=np.mean(losses[-20:]))
-    trigger = render.CONCEPTS[concept].trigger
-    export.lora(unet, text, shape.WEIGHTS / "lora" / f"{concept}_{kind}.safetensors", trigger, kind, LORA_SCENES)
+    export.lora(unet, text, file, render.CONCEPTS[concept].trigger, kind, LORA_SCENES)
 
 
 def main() -> None:
@@ -255,7 +261,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("part", choices=["vae", "text", "base", "lora"])
     parser.add_argument("--work", type=Path, default=Path("out/tinyworld"))
-    parser.add_argument("--round", type=int, default=0, help="of the base model's training")
+    parser.add_argument("--round", type=int, default=0, help="of the base model's or the LoRAs' training")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--concepts", nargs="+", default=list(render.CONCEPTS), choices=list(render.CONCEPTS))
     parser.add_argument("--kinds", nargs="+", default=["quiet", "leaky"], choices=["quiet", "leaky"])
@@ -274,7 +280,7 @@ def main() -> None:
         for concept in args.concepts:
             for kind in args.kinds:
                 print(concept, kind, flush=True)
-                train_lora(args.work, concept, kind)
+                train_lora(args.work, concept, kind, args.round)
 
 
 if __name__ == "__main__":
