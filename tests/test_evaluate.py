@@ -445,20 +445,16 @@ def test_a_style_in_every_pass_claims_no_place(tiny):
     assert len(set(names)) == 4 and sum("style in every pass" in name for name in names) == 2
 
 
-MISREAD = {"crown+neon", "zorg+skyline"}
-"""Of the twos, those of whose true renders the judge misses some: the model card says how many."""
-
-
 def test_true_renders_are_what_the_judge_calls_right():
     judge, right = world.import_module("classifier").Classifier.load(), {}
-    for combination in (*world.combinations("2"), *world.combinations("5")):
+    for combination in (each for group in "2345" for each in world.combinations(group)):
         made = paint(None, combination, "quiet", TRUTH, (3, 4))
         assert made.cost == 0 and made.steps == [] and len(made.images) == 2
         follows = judge.follows(made.images, combination.scene)
         asked = [follows[question] for question in world.questions(combination.scene).values()]
         right[combination.name] = [all(of_image) for of_image in zip(*asked, judge.clean(made.images))]
-    assert {name for name, of_images in right.items() if not all(of_images)} <= MISREAD
-    assert np.mean(list(right.values())) > 0.95
+    assert [name for name, of_images in right.items() if not any(of_images)] == []
+    assert np.mean(list(right.values())) > 0.985
 
 
 def test_half_precision_has_rows_of_its_own(tiny):

@@ -15,7 +15,7 @@ import shape
 from classifier import Classifier
 
 SEED = 5
-STEPS, GUIDANCE, BATCH = 20, 4.0, 16
+STEPS, GUIDANCE, BATCH = 20, 3.0, 16
 SHEET = shape.WEIGHTS.parent / "sheet.png"
 
 

@@ -40,6 +40,7 @@ KINDS = [list(HEADS).index(slot) for slot in SLOTS]
 FIDELITY = ["broken", "clean"]
 FAINT = 0.08  # a change of the picture's cells (of 2, root of the mean square) that still counts as clean
 PLAIN = 0.16  # one that does not
+BROKEN = 0.5  # of `brokenness`, from where on a picture counts as broken: fewer than one true render in 200 does
 
 
 def answers(scene: render.Scene) -> dict[str, str]:
@@ -93,7 +94,7 @@ class Classifier(Reader):
     @torch.no_grad()
     def clean(self, images) -> list[bool]:
         """Whether each picture is free of noise, borders, broken and blended surfaces."""
-        return (self.brokenness(cells(images)) < 0).tolist()
+        return (self.brokenness(cells(images)) < BROKEN).tolist()
 
     def marks(self, images) -> dict[str, list[bool]]:
         """Whether each is clean."""
@@ -174,12 +175,12 @@ def train() -> None:
     judge.save()
     with torch.no_grad():
         judge.report(test_x, test_y)
-        print(f"true renders called clean: {(judge.brokenness(test_x) < 0).float().mean():.4f}")
+        print(f"true renders called clean: {(judge.brokenness(test_x) < BROKEN).float().mean():.4f}")
         bad = torch.stack([harmed(t, o, rng) for t, o in zip(test_x, test_x.roll(1, 0), strict=True)])
         spoilt = (surfaces(bad, test_x) == 0).flatten(1).sum(1)
         for low, high in ((1, 4), (4, 16), (16, 257)):
             some = (spoilt >= low) & (spoilt < high)
-            share = (judge.brokenness(bad[some]) >= 0).float().mean()
+            share = (judge.brokenness(bad[some]) >= BROKEN).float().mean()
             print(f"pictures with {low} to {high - 1} broken spots called broken: {share:.4f} of {some.sum()}")
 
 
