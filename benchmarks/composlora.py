@@ -81,6 +81,7 @@ class World:
         dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
         self.pipe = load_pipeline(args.model, args.config, dtype).to(device)
         self.pipe.scheduler = scheduler_for(self.pipe, "DPM++ 2M")
+        self.state = Path(args.model).name
         self.words, negative = WORDS[args.style]
         self.call = {
             "negative_prompt": negative,

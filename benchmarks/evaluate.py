@@ -103,7 +103,7 @@ class Unit:
 
     def key(self, world: Any, options: Options) -> str:
         """What tells a row from all others."""
-        identity = [self.kind, self.combination.name, self.seeds, dict(world.call), resolved(options)]
+        identity = [world.state, self.kind, self.combination.name, self.seeds, dict(world.call), resolved(options)]
         identity += ["half"] if world.half else []
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 

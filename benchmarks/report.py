@@ -14,12 +14,14 @@ from benchmarks.statistics import (
     loudest_are_named,
     mean_interval,
     median,
+    painted_in_every_way,
     paired_difference,
     share_clean,
     share_complete,
     share_intruded,
     share_of_named,
     share_present,
+    share_shown,
 )
 from benchmarks.variants import PAPER, variant_name
 
@@ -74,6 +76,28 @@ def completeness_table(rows: Rows) -> str:
         )
     header = ["", *map(group_title, groups), "N ≥ 3", "per concept", "clean", "intruder", "distance", "cost", "PSNR"]
     return markdown(header, body)
+
+
+def overview_table(rows: Rows) -> str:
+    """Complete images in percent by kind of LoRA and their number, and what else is to be known of each variant."""
+    cells = sorted(
+        {(row["kind"], row["group"]) for row in rows}, key=lambda cell: (cell[0] != "quiet", len(cell[1]), cell)
+    )
+    body = []
+    for (variant,), mine in grouped(rows, "variant").items():
+        by_cell = grouped(mine, "kind", "group")
+        body.append(
+            [
+                titled(variant),
+                *(f"{100 * share_complete(by_cell[cell]).value:.0f}" if cell in by_cell else "" for cell in cells),
+                str(share_complete(mine)),
+                *(f"{100 * share(mine).value:.0f} %" for share in (share_shown, share_clean)),
+                number(median(mine, "distance"), ".1f"),
+                number(median(mine, "cost"), ".1f"),
+            ]
+        )
+    header = ["", *(f"{kind}, {group_title(group)}" for kind, group in cells)]
+    return markdown([*header, "all: complete", "shown", "clean", "distance", "cost"], body)
 
 
 def difference_table(rows: Rows, reference: str) -> str:
@@ -205,7 +229,7 @@ def text_report(rows: Rows) -> str:
         return f"{clip_table(rows)}\n\n{similarity_table(rows)}\n"
     variants = [variant for (variant,) in grouped(rows, "variant")]
     reference = next((name for name in (SHIPPED_NAME, *variants) if name in variants), None)
-    parts = []
+    parts = ["### Complete images in percent", overview_table(painted_in_every_way(rows))]
     for (kind,), mine in grouped(rows, "kind").items():
         parts += [f"### {kind.capitalize()} LoRAs", completeness_table(mine), concept_table(mine)]
         parts += [table for table in [selection_table(mine)] if table]

@@ -41,15 +41,25 @@ class Share:
         return f"{100 * self.value:.0f} % ({100 * low:.0f}–{100 * high:.0f})"
 
 
+def shown(row: Mapping[str, Any]) -> list[bool]:
+    """For each image of a row, whether it shows every concept named."""
+    return [all(found) for found in zip(*row["present"].values())]
+
+
 def complete(row: Mapping[str, Any]) -> list[bool]:
     """For each image of a row, whether it shows every concept named and, where that was judged, is clean."""
-    marks = [row["clean"]] if "clean" in row else []
-    return [all(found) for found in zip(*marks, *row["present"].values())]
+    return [all(found) for found in zip(shown(row), *([row["clean"]] if "clean" in row else []))]
 
 
 def share_complete(rows: Iterable[Mapping[str, Any]]) -> Share:
     """The share of complete images."""
     found = [each for row in rows for each in complete(row)]
+    return Share(sum(found), len(found))
+
+
+def share_shown(rows: Iterable[Mapping[str, Any]]) -> Share:
+    """The share of images that show every concept named, clean or not."""
+    found = [each for row in rows for each in shown(row)]
     return Share(sum(found), len(found))
 
 
@@ -102,6 +112,17 @@ def grouped(rows: Iterable[Mapping[str, Any]], *names: str) -> dict[tuple, list[
     for row in rows:
         groups.setdefault(tuple(row[name] for name in names), []).append(row)
     return groups
+
+
+def painted_in_every_way(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows of those scenes and seeds that every variant of the rows has painted."""
+
+    def painted(row: Mapping[str, Any]) -> tuple:
+        return row["kind"], row["combination"], *row["seeds"]
+
+    ways = [{painted(row) for row in mine} for mine in grouped(rows, "variant").values()]
+    by_all = set.intersection(*ways) if ways else set()
+    return [row for row in rows if painted(row) in by_all]
 
 
 def paired_difference(

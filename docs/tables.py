@@ -1,12 +1,16 @@
-"""Write the pages' tables of options and presets anew: ``python docs/tables.py``. A test sees to it that they are."""
+"""Write the pages' tables of options, presets and measurements anew: ``python docs/tables.py``. A test sees to it that
+they are."""
 
-import re
 import sys
 from pathlib import Path
+from typing import Any
 
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent))
 
+from benchmarks.evaluate import RESULTS, read_rows  # noqa: E402
+from benchmarks.report import SHIPPED_NAME, difference_table, overview_table  # noqa: E402
+from benchmarks.statistics import painted_in_every_way  # noqa: E402
 from loratorio_ext.preview import BY_PRESETS, preset_values  # noqa: E402
 from loratorio_ext.settings import OPTIONS, PRESETS, Claims, Lines, Option  # noqa: E402
 
@@ -38,14 +42,51 @@ def presets() -> str:
     return "\n".join(lines)
 
 
-PAGES = {"api.md": ("options", options), "presets.md": ("presets", presets)}
+def rows_of(suite: str) -> list[dict[str, Any]]:
+    """A suite's rows of scenes that name all of their LoRAs, as far as every way has painted them."""
+    rows = read_rows(RESULTS / f"{suite}.jsonl")
+    return painted_in_every_way([row for row in rows if not row["intruders"]])
+
+
+def ceiling() -> str:
+    return overview_table(rows_of("ceiling"))
+
+
+def confirm() -> str:
+    return overview_table(rows_of("confirm"))
+
+
+def against_defaults() -> str:
+    """Each way on the confirming half against the defaults."""
+    return difference_table(rows_of("confirm"), SHIPPED_NAME)
+
+
+def with_a_style() -> str:
+    """What the confirming half's rows say of prompts that name a style."""
+    return overview_table([row for row in rows_of("confirm") if "neon" in row["present"]])
+
+
+PAGES = {
+    "api.md": {"options": options},
+    "presets.md": {"presets": presets},
+    "evidence.md": {
+        "ceiling": ceiling,
+        "confirm": confirm,
+        "against the defaults": against_defaults,
+        "with a style": with_a_style,
+    },
+}
+"""By page, its tables: between comments of their names, each made by a function."""
 
 
 def filled(page: str) -> str:
-    """The page's text with its table as it should be."""
-    name, table = PAGES[page]
-    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-    return pattern.sub(lambda found: f"{found[1]}\n{table()}\n\n{found[2]}", (DOCS / page).read_text(encoding="utf-8"))
+    """The page's text with its tables as they should be."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    for name, table in PAGES[page].items():
+        before, start, rest = text.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition(f"<!-- /{name} -->")
+        text = f"{before}{start}\n{table()}\n\n{end}{after}"
+    return text
 
 
 if __name__ == "__main__":

@@ -21,11 +21,12 @@ from benchmarks import ceiling, composlora, demo, evaluate, soup, world
 from benchmarks.baselines import CMLoRA, high_frequency_share
 from benchmarks.evaluate import SUITES, Suite, Unit, named, read_rows, run, units
 from benchmarks.painting import paint, psnr, step_statistics
-from benchmarks.report import write_report
+from benchmarks.report import overview_table, write_report
 from benchmarks.statistics import (
     Share,
     complete,
     loudest_are_named,
+    painted_in_every_way,
     paired_difference,
     share_clean,
     share_complete,
@@ -239,6 +240,7 @@ def row(variant="merge", combination="zorg+skyline", **fields):
         "intruders": {},
         "distance": [1.0, 2.0, 3.0],
         "cost": 1.0,
+        "seeds": [1, 2, 3],
         **fields,
     }
 
@@ -271,6 +273,25 @@ def test_differences_are_paired_by_combination():
     rows += [row("b", name, present={"zorg": [0, 1]}) for name in "xy"]
     assert paired_difference(rows, "a", "b") == (0.5, 0.5, 0.5)
     assert all(math.isnan(value) for value in paired_difference(rows, "a", "c"))
+
+
+def test_only_scenes_that_every_way_has_painted_are_compared():
+    rows = [row("a", name, seeds=[seed]) for name in "xy" for seed in (1, 2)] + [row("b", "x", seeds=[2])]
+    assert [(each["variant"], each["combination"], each["seeds"]) for each in painted_in_every_way(rows)] == [
+        ("a", "x", [2]),
+        ("b", "x", [2]),
+    ]
+    assert painted_in_every_way([]) == []
+
+
+def test_the_overview_has_a_column_for_each_kind_and_number():
+    kind = {"kind": "leaky", "present": {"zorg": [1, 1, 1]}, "clean": [1, 1, 0]}
+    table = overview_table([row(), row(**kind), row("shy", **kind)]).splitlines()
+    assert table[0] == "|  | quiet, N = 2 | leaky, N = 2 | all: complete | shown | clean | distance | cost |"
+    assert table[2:] == [
+        "| merge | 33 | 67 | 50 % (19–81) | 67 % | 67 % | 2.0 | 1.0 |",
+        "| shy |  | 67 | 67 % (21–94) | 100 % | 67 % | 2.0 | 1.0 |",
+    ]
 
 
 def test_psnr():
@@ -332,7 +353,7 @@ class TinyWorld:
     """Random models in place of the trained ones."""
 
     call = {"num_inference_steps": 3, "guidance_scale": 4.0, "width": 32, "height": 32}
-    half = False
+    half, state = False, "random"
 
     def __init__(self, folder):
         self.pipe, self.judge = make_pipeline("sd1"), Judge()
@@ -462,6 +483,21 @@ def test_half_precision_has_rows_of_its_own(tiny):
     half = copy.copy(tiny)
     half.half = True
     assert unit.key(tiny, {}) != unit.key(half, {})
+
+
+def test_rows_of_other_weights_are_other_rows(tiny, tmp_path):
+    unit = Unit(world.combinations("2")[0], "quiet", (1,))
+    other = copy.copy(tiny)
+    other.state = "trained again"
+    assert unit.key(tiny, {}) != unit.key(other, {})
+    (tmp_path / "lora").mkdir()
+    file = tmp_path / "lora" / "zorg.safetensors"
+    file.write_bytes(b"one")
+    before = world.state(tmp_path)
+    (tmp_path / "README.md").write_text("no weights")
+    assert world.state(tmp_path) == before
+    file.write_bytes(b"two")
+    assert world.state(tmp_path) != before
 
 
 def test_the_demo_labels_every_method_and_lora(tiny, monkeypatch):
