@@ -85,12 +85,16 @@ CEILING = {PERFECT: True, "combination": "gates", "sharpness": 0.0, "patch_size"
 """Perfect information (see `benchmarks.ceiling`): each LoRA's difference in full where the scene has its concept."""
 CEILING_OF_SHARES = {PERFECT: True, "combination": "shares", "patch_size": 1}
 """The same where weights must add up to 1: a style and a thing share a patch."""
-CEILINGS = tuple({**each, "base_share": share} for each in (CEILING, CEILING_OF_SHARES) for share in (0.0, 0.25, 0.5))
-"""The ceiling is the best of them: what perfect information reaches also depends on how it is used."""
-REACHED = {**CEILING_OF_SHARES, "base_share": 0.25}
-"""The best of them so far."""
 EVERYWHERE = "style_in_every_pass"
 """The option that a style's LoRA is in every pass, the base model's included, as a user says with ``base=1``."""
+CEILINGS = (
+    *({**CEILING_OF_SHARES, "base_share": share, EVERYWHERE: True} for share in (0.0, 0.25, 0.5)),
+    {**CEILING, "base_share": 0.25, EVERYWHERE: True},
+    {**CEILING_OF_SHARES, "base_share": 0.25},
+)
+"""The ceiling is the best of them: what perfect information reaches also depends on how it is used."""
+REACHED = {**CEILING_OF_SHARES, "base_share": 0.25, EVERYWHERE: True}
+"""The best of them so far."""
 BOUNDS = (TRUTH, *CEILINGS, MERGE, {})
 SLIDING = {"patch_size": 2, "patches": "sliding"}
 QUARTER = {**SLIDING, "patch_size": 4, "base_share": 0.25}
@@ -114,7 +118,6 @@ PLACED = {**GATED, **SLIDING, "base_share": 0.25}
 CONFIRM = (
     TRUTH,
     REACHED,
-    {**REACHED, EVERYWHERE: True},
     MERGE,
     PAPER,
     {},
