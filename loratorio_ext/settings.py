@@ -16,6 +16,7 @@ from loratorio_ext.errors import SettingsError, nearest_name, shown
 from loratorio_ext.parts import check_parts
 
 INFOTEXT_PREFIX = "LoRAtorio"
+METHOD_KEY = f"{INFOTEXT_PREFIX} method"
 VERSION_KEY = f"{INFOTEXT_PREFIX} version"
 """The version that wrote an infotext. In one that has it, an option without an entry had no effect."""
 
@@ -114,21 +115,21 @@ class Option:
         except ValueError as error:
             raise self.refused(text) from error
 
-    @property
-    def unsaid(self) -> Any:
-        """What a versioned infotext without an entry means."""
-        return self.default if self.idle is None else self.idle
+    def unsaid(self, method: str) -> Any:
+        """What a versioned infotext of an image made by ``method`` means without an entry."""
+        return self.default if self.idle is None or not self.used_by(method) else self.idle
 
     def read(self, params: Mapping[str, str]) -> Any:
         """The value that an image was made with, by its generation parameters; the default for images without us."""
         if self.infotext_key in params:
             return self.parse(params[self.infotext_key])
+        unsaid = self.unsaid(params.get(METHOD_KEY, BEFORE_VERSIONS["method"]))
         if VERSION_KEY in params:
-            return self.unsaid
+            return unsaid
         if not any(key.startswith(f"{INFOTEXT_PREFIX} ") for key in params):
             return self.default
         newer = any(f"{INFOTEXT_PREFIX} {name}" in params for name in SINCE_NEWER_DEFAULTS)
-        return {**BEFORE_VERSIONS, **(NEWER_DEFAULTS if newer else {})}.get(self.name, self.unsaid)
+        return {**BEFORE_VERSIONS, **(NEWER_DEFAULTS if newer else {})}.get(self.name, unsaid)
 
 
 BEFORE_VERSIONS: dict[str, Any] = {
@@ -318,7 +319,7 @@ OPTIONS = (
     ),
     Option(
         "base_share",
-        0.5,
+        0.25,
         "Base share of guidance",
         "Share of the bare model in the unconditional score (lambda). 0: LoRAs only. 1: bare model only, and faster, "
         "since no LoRA needs an unconditional pass.",
@@ -519,7 +520,7 @@ OPTIONS = (
     ),
     Option(
         "patches",
-        "grid",
+        "sliding",
         "Patches",
         "grid: the image is cut into patches (the paper). sliding: one around every latent pixel, so that weights "
         "have no borders; upsampling has no effect then.",
@@ -530,10 +531,10 @@ OPTIONS = (
     ),
     Option(
         "momentum",
-        0.0,
+        0.8,
         "Momentum",
-        "How much of the divergence of earlier steps stays, as an exponential mean. 0: every step stands for itself "
-        "(the paper).",
+        "How much of the divergence of earlier steps stays, as an exponential mean: who is at home where is settled "
+        "early. 0: every step stands for itself (the paper).",
         group="Weights",
         low=0.0,
         high=0.99,
@@ -655,7 +656,11 @@ class _Settings:
         if not self.enabled:
             return {}
         values = {option: getattr(self, option.name) for option in OPTIONS}
-        said = {option: value for option, value in values.items() if self.matters(option) or value != option.unsaid}
+        said = {
+            option: value
+            for option, value in values.items()
+            if self.matters(option) or value != option.unsaid(self.method)
+        }
         return {option.infotext_key: option.write(value) for option, value in said.items()} | {VERSION_KEY: __version__}
 
 

@@ -162,7 +162,8 @@ class TestTable:
     def test_defaults(self):
         settings = Settings()
         assert settings.enabled is False
-        assert settings.method == "loratorio" and settings.base_share == 0.5
+        assert settings.method == "loratorio" and settings.base_share == 0.25
+        assert (settings.combination, settings.patches, settings.momentum) == ("shares", "sliding", 0.8)
         assert (settings.start, settings.end, settings.switch_every) == (0.0, 1.0, 5)
 
     def test_options_a_method_ignores(self):
@@ -481,7 +482,7 @@ class TestArgs:
         "gates",
         2.5,
         0.5,
-        "sliding",
+        "grid",
         0.75,
         "drop",
     ]
@@ -597,8 +598,20 @@ class TestInfotext:
             "LoRAtorio temperature mode": "adaptive",
             "LoRAtorio temperature": "0.3",
             "LoRAtorio relativity": "1.0",
+            "LoRAtorio base share": "0.25",
+            "LoRAtorio patches": "sliding",
+            "LoRAtorio momentum": "0.8",
+            "LoRAtorio version": __version__,
+        }
+        assert Settings(enabled=True, combination="gates", patches="grid", momentum=0.0).to_infotext() == {
+            "LoRAtorio enabled": "True",
+            "LoRAtorio method": "loratorio",
+            "LoRAtorio patch size": "4",
+            "LoRAtorio relativity": "1.0",
             "LoRAtorio upsampling": "nearest",
-            "LoRAtorio base share": "0.5",
+            "LoRAtorio base share": "0.25",
+            "LoRAtorio combination": "gates",
+            "LoRAtorio sharpness": "4.0",
             "LoRAtorio version": __version__,
         }
         assert Settings(enabled=True, method="merge").to_infotext().keys() == {
@@ -625,7 +638,8 @@ class TestInfotext:
     )
     def test_what_an_idle_option_is_needed_for_has_no_effect(self, option, of):
         busy = {"top_k": 1, "refresh": 1, "pool": ["a"], "combination": "gates"}[of]
-        assert OPTION[option].infotext_key not in Settings(enabled=True).to_infotext()
+        idle = OPTION[of].idle
+        assert OPTION[option].infotext_key not in Settings(enabled=True, **{of: idle}).to_infotext()
         assert OPTION[option].infotext_key in Settings(enabled=True, **{of: busy}).to_infotext()
 
     @named(
@@ -637,7 +651,8 @@ class TestInfotext:
         ],
     )
     def test_what_another_option_takes_the_place_of_has_no_effect(self, option, of, busy):
-        assert OPTION[option].infotext_key in Settings(enabled=True).to_infotext()
+        idle = OPTION[of].idle
+        assert OPTION[option].infotext_key in Settings(enabled=True, **{of: idle}).to_infotext()
         assert OPTION[option].infotext_key not in Settings(enabled=True, **{of: busy}).to_infotext()
         composite = Settings(enabled=True, method="composite", **{of: busy})
         assert not composite.matters(OPTION[of]) and not composite.matters(OPTION[option])
@@ -684,7 +699,8 @@ EARLIER = {
         {"enabled": True, "method": "loratorio", "patch_size": 4, "temperature_mode": "adaptive", "temperature": 0.3,
          "relativity": 0.5, "upsampling": "nearest", "base_share": 0.5, "top_k": 0, "selection_scope": "image",
          "switch_every": 5, "start": 0.0, "end": 1.0, "refresh": 0, "warmup": 1, "pool": (), "pool_weight": 1.0,
-         "reselect_every": 1, "show_maps": False, "loras": Frozen(), "everywhere": ()},
+         "reselect_every": 1, "show_maps": False, "loras": Frozen(), "everywhere": (), "combination": "shares",
+         "patches": "grid"},
     ),
     "some": (
         {"LoRAtorio enabled": "True", "LoRAtorio relativity": "1.0", "LoRAtorio refresh": "1"},
@@ -700,7 +716,15 @@ EARLIER = {
          "LoRAtorio upsampling": "nearest", "LoRAtorio base share": "0.5", "LoRAtorio version": "0.1.0"},
         {"enabled": True, "method": "loratorio", "patch_size": 4, "temperature_mode": "adaptive", "temperature": 0.3,
          "relativity": 1.0, "upsampling": "nearest", "base_share": 0.5, "top_k": 0, "start": 0.0, "end": 1.0,
-         "refresh": 0, "pool": (), "reselect_every": 1, "show_maps": False, "loras": Frozen(), "everywhere": ()},
+         "refresh": 0, "pool": (), "reselect_every": 1, "show_maps": False, "loras": Frozen(), "everywhere": (),
+         "combination": "shares", "patches": "grid"},
+    ),
+    "0.1.0, gates": (
+        {"LoRAtorio enabled": "True", "LoRAtorio method": "loratorio", "LoRAtorio patch size": "2",
+         "LoRAtorio relativity": "1.0", "LoRAtorio upsampling": "nearest", "LoRAtorio base share": "0.5",
+         "LoRAtorio combination": "gates", "LoRAtorio sharpness": "4.0", "LoRAtorio version": "0.1.0"},
+        {"enabled": True, "patch_size": 2, "combination": "gates", "sharpness": 4.0, "patches": "grid",
+         "base_share": 0.5, "global_below": 0.0, "momentum": 0.0},
     ),
     "0.1.0, switch": (
         {"LoRAtorio enabled": "True", "LoRAtorio method": "switch", "LoRAtorio switch every": "5",
