@@ -20,6 +20,8 @@ CENTRE = {
     "temperature": 0.3,
     "relativity": 1.0,
     "base_share": 0.5,
+    "patches": "grid",
+    "momentum": 0.0,
 }
 """The point from which the sweep goes along each axis."""
 
@@ -51,7 +53,15 @@ POOL = (
 )
 """Ways to deal with more LoRAs than the prompt names."""
 
-GATED = {"combination": "gates", "patch_size": 2, "sharpness": 4.0, "relativity": 1.0, "base_share": 0.5}
+GATED = {
+    "combination": "gates",
+    "patch_size": 2,
+    "sharpness": 4.0,
+    "relativity": 1.0,
+    "base_share": 0.5,
+    "patches": "grid",
+    "momentum": 0.0,
+}
 """The point from which gates are gone through, each axis by itself, beside shares with the same."""
 GATES = (
     MERGE,
@@ -81,9 +91,16 @@ EVERY_GATE = tuple(
 TRUTH = {"true_renders": True}
 """No composition at all: the scene as the world's renderer draws it, to see what the judge says of that."""
 PERFECT = "perfect_masks"
-CEILING = {PERFECT: True, "combination": "gates", "sharpness": 0.0, "patch_size": 1}
+CEILING = {
+    PERFECT: True,
+    "combination": "gates",
+    "sharpness": 0.0,
+    "patch_size": 1,
+    "patches": "grid",
+    "momentum": 0.0,
+}
 """Perfect information (see `benchmarks.ceiling`): each LoRA's difference in full where the scene has its concept."""
-CEILING_OF_SHARES = {PERFECT: True, "combination": "shares", "patch_size": 1}
+CEILING_OF_SHARES = {**CEILING, "combination": "shares"}
 """The same where weights must add up to 1: a style and a thing share a patch."""
 EVERYWHERE = "style_in_every_pass"
 """The option that a style's LoRA is in every pass, the base model's included, as a user says with ``base=1``."""
@@ -97,35 +114,23 @@ REACHED = {**CEILING_OF_SHARES, "base_share": 0.25, EVERYWHERE: True}
 """The best of them so far."""
 BOUNDS = (TRUTH, *CEILINGS, MERGE, {})
 SLIDING = {"patch_size": 2, "patches": "sliding"}
-QUARTER = {**SLIDING, "patch_size": 4, "base_share": 0.25}
-SCREEN = (
-    *CEILINGS,
-    MERGE,
-    {},
-    *({**CENTRE, **SLIDING, "base_share": share} for share in (0.0, 0.25, 0.5)),
-    *({**CENTRE, **QUARTER, "temperature": kappa} for kappa in (0.1, 0.3)),
-    {**CENTRE, **QUARTER, "temperature": 0.1, "momentum": 0.8},
-    {**CENTRE, **QUARTER, "temperature": 0.1, "patch_size": 2},
-    *({**GATED, **SLIDING, "base_share": share} for share in (0.0, 0.25, 0.5)),
-    {**GATED, **SLIDING, "base_share": 0.0, "sharpness": 2.0},
-    {**GATED, **SLIDING, "base_share": 0.0, "global_below": 0.75},
-    {**GATED, **QUARTER},
-    {**GATED, **QUARTER, "sharpness": 8.0, "base_share": 0.5},
-)
-"""What the first look at a world goes through, beside the ceiling."""
+SMOOTH = {**CENTRE, **SLIDING, "base_share": 0.25}
 PLACED = {**GATED, **SLIDING, "base_share": 0.25}
-"""What did best in it, of what the product has."""
-CONFIRM = (
-    TRUTH,
+SCREEN = (
     REACHED,
     MERGE,
-    PAPER,
-    {},
-    {EVERYWHERE: True},
-    PLACED,
-    {**PLACED, EVERYWHERE: True},
+    *({**SMOOTH, "patch_size": p, "momentum": momentum} for p in (2, 4) for momentum in (0.0, 0.8)),
+    *({**SMOOTH, "patch_size": p, "momentum": 0.8, "temperature": 0.1} for p in (2, 4)),
+    *({**SMOOTH, "momentum": 0.8, "base_share": share} for share in (0.0, 0.5)),
+    *({**PLACED, "patch_size": p, "momentum": momentum} for p in (2, 4) for momentum in (0.0, 0.8)),
+    {**PLACED, "patch_size": 4, "base_share": 0.0},
+    {**PLACED, "patch_size": 4, "sharpness": 2.0},
 )
-"""What is confirmed: the defaults, and what did best in the first look, each with styles in every pass, too."""
+"""What the first look at a world goes through, beside the ceiling."""
+FORMER = {**CENTRE, "patch_size": 4}
+"""The defaults before the present ones."""
+CONFIRM = (TRUTH, REACHED, MERGE, PAPER, FORMER, {}, {EVERYWHERE: True}, PLACED)
+"""What is confirmed: the defaults, with styles in every pass, too, what they were before, and gates."""
 
 NEEDS = {"reselect_every": "top_k"}
 """Options that mean nothing while another one is off, beside those that say so in the table."""
