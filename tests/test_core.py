@@ -871,8 +871,8 @@ class TestBaselines:
 class TestMethodFromSettings:
     def test_every_method_gets_the_options_of_its_name(self):
         chosen = Settings(
-            patch_size=7, temperature=0.7, relativity=0.25, upsampling="bilinear", base_share=0.75, top_k=3, patches="grid",
-            momentum=0.0,
+            patch_size=7, temperature=0.7, relativity=0.25, upsampling="bilinear", base_share=0.75, top_k=3,
+            patches="grid", momentum=0.0,
         )  # fmt: skip
         assert core.method_from(chosen) == core.LoRAtorio(7, 0.7, "adaptive", 0.25, 0.75, "bilinear", 3, "image")
         gates = Settings(combination="gates", sharpness=2, global_below=0.5, patches="sliding", momentum=0.0)
