@@ -264,7 +264,7 @@ OPTIONS = (
         4,
         "Patch size",
         "Side of a patch in latent pixels (1 latent pixel = 8 image pixels). Smaller: finer borders between LoRAs, "
-        "noisier choice. Larger than the latent: one weight per LoRA and image.",
+        "noisier choice. Larger than the latent (sliding: twice as large): one weight per LoRA and image.",
         group="Weights",
         low=1,
         high=64,

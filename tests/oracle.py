@@ -8,6 +8,7 @@ import math
 import numpy as np
 
 SMALLEST_TEMPERATURE = 1e-6
+SMALLEST_SPREAD = 1e-4
 SMALLEST_DIVERGENCE = 1e-10
 
 
@@ -158,7 +159,7 @@ def adaptive_temperature(score, kappa, mask=None):
                 mean = sum(values) / len(values)
                 deviations.append(math.sqrt(sum((value - mean) ** 2 for value in values) / len(values)))
         mean = sum(deviations) / len(deviations) if deviations else 0
-        out[j] = max(kappa * mean, SMALLEST_TEMPERATURE)
+        out[j] = max(kappa * mean, SMALLEST_TEMPERATURE, SMALLEST_SPREAD * np.abs(score[:, j]).mean())
     return out
 
 

@@ -871,15 +871,16 @@ class TestBaselines:
 class TestMethodFromSettings:
     def test_every_method_gets_the_options_of_its_name(self):
         chosen = Settings(
-            patch_size=7, temperature=0.7, relativity=0.25, upsampling="bilinear", base_share=0.75, top_k=3
-        )
+            patch_size=7, temperature=0.7, relativity=0.25, upsampling="bilinear", base_share=0.75, top_k=3,
+            patches="grid", momentum=0.0,
+        )  # fmt: skip
         assert core.method_from(chosen) == core.LoRAtorio(7, 0.7, "adaptive", 0.25, 0.75, "bilinear", 3, "image")
-        gates = Settings(combination="gates", sharpness=2, global_below=0.5, patches="sliding")
+        gates = Settings(combination="gates", sharpness=2, global_below=0.5, patches="sliding", momentum=0.0)
         wanted = {"combination": "gates", "sharpness": 2.0, "global_below": 0.5, "patches": "sliding"}
         assert wanted.items() <= vars(core.method_from(gates)).items()
         carrying = core.method_from(Settings(momentum=0.5))
         assert isinstance(carrying, core.Momentum)
-        assert (carrying.method, carrying.momentum) == (core.method_from(Settings()), 0.5)
+        assert (carrying.method, carrying.momentum) == (core.method_from(Settings(momentum=0.0)), 0.5)
         paper = Settings.from_mapping({"preset": "paper"})
         assert core.method_from(paper) == core.LoRAtorio(
             paper.patch_size, 1.0, "fixed", 0.0, 0.5, "nearest", 0, "image"
@@ -890,7 +891,7 @@ class TestMethodFromSettings:
 
     def test_an_option_a_method_uses_says_so(self):
         for name in ("loratorio", "composite", "switch", "merge"):
-            fields = set(vars(core.method_from(Settings(method=name))))
+            fields = set(vars(core.method_from(Settings(method=name, momentum=0.0))))
             around = {"refresh", "warmup", "reselect_every", "momentum"}  # of what comes around the method
             around |= {"show_maps"}  # of the host
             assert fields == {option.name for option in OPTIONS if option.methods == (name,)} - around

@@ -65,6 +65,14 @@ class TestWindowDivergence:
         whole = 1 - torch.cosine_similarity(eps.flatten(), base.flatten(), dim=0)
         assert_close(core.window_divergence(eps, base, 64), np.full((1, 1, 5, 4), whole))
 
+    @pytest.mark.parametrize("size", [(8, 8), (7, 5)])
+    def test_windows_that_are_all_the_whole_image_leave_nothing_to_compete_by(self, size):
+        """Relative divergence is 1 everywhere then, and rounding must not decide who wins: all weights are alike."""
+        adaptive = options(patch_size=64, patches="sliding", relativity=1.0, temperature_mode="adaptive")
+        eps = torch.randn(3, 1, 4, *size, generator=generator(5))
+        weights = core.LoRAtorio(**adaptive).weights(eps, torch.randn(1, 4, *size, generator=generator(6)))
+        assert (weights - 1 / 3).abs().max() < 0.01
+
     def test_what_is_not_a_number_is_not_hidden(self):
         eps, base = torch.randn(2, 1, 4, 5, 5), torch.randn(1, 4, 5, 5)
         eps[0, 0, 0, 0, 0] = math.nan

@@ -6,6 +6,8 @@ from torch import Tensor
 from loratorio_ext.core.selection import top_k_mask
 
 MIN_TEMPERATURE = 1e-6
+MIN_SPREAD = 1e-4
+"""Of the scores' mean magnitude: scores that differ by less differ by what rounding makes of equal ones."""
 """Below any spread of similarities that float32 resolves: keeps SoftMin of equal scores an equal split."""
 
 
@@ -62,10 +64,10 @@ def relative_similarity(similarity: Tensor, gamma: float) -> Tensor:
 def adaptive_temperature(score: Tensor, kappa: float, chosen: Tensor | None = None) -> Tensor:
     """``kappa`` times the spread of scores: population standard deviation over N, averaged over an image's patches.
 
-    ``[N, B, h, w] -> [B, 1, 1]``, never zero; where ``chosen [N, B, h, w]`` is given, of the LoRAs that are chosen in
-    a patch, averaged over the patches where there are several: where nobody competes there is no spread. Similarities
-    spread a thousandfold more in late steps than in early ones; this keeps the sharpness of SoftMin the same in all of
-    them.
+    ``[N, B, h, w] -> [B, 1, 1]``, never zero, and never so small that rounding decides (`MIN_SPREAD`); where ``chosen
+    [N, B, h, w]`` is given, of the LoRAs that are chosen in a patch, averaged over the patches where there are several:
+    where nobody competes there is no spread. Similarities spread a thousandfold more in late steps than in early ones;
+    this keeps the sharpness of SoftMin the same in all of them.
     """
     score = score.float()
     if chosen is None:
@@ -77,7 +79,8 @@ def adaptive_temperature(score: Tensor, kappa: float, chosen: Tensor | None = No
         mean = score.masked_fill(~chosen, 0).sum(dim=0) / count
         deviation = ((score - mean).masked_fill(~chosen, 0).square().sum(dim=0) / count).sqrt()
         deviation = deviation / torch.where(several == 0, torch.ones_like(several), several)
-    return (kappa * deviation.mean(dim=(-2, -1), keepdim=True)).clamp(min=MIN_TEMPERATURE)
+    temperature = (kappa * deviation.mean(dim=(-2, -1), keepdim=True)).clamp(min=MIN_TEMPERATURE)
+    return torch.maximum(temperature, MIN_SPREAD * score.abs().mean(dim=(0, -2, -1)).view(-1, 1, 1))
 
 
 def compose(predictions: Tensor, weights: Tensor, base: Tensor | None = None) -> Tensor:
