@@ -8,7 +8,7 @@ import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from itertools import product
 
@@ -38,6 +38,7 @@ from loratorio_ext.hosts.diffusers import (
 )
 from loratorio_ext.masks import kept
 from loratorio_ext.samplers import SAMPLERS
+from loratorio_ext.settings import Settings
 from tests import oracle
 from tests.gauge import Gauge
 from tests.tiny_pipelines import (
@@ -158,12 +159,7 @@ def reference(family, files, weights, method, options, call=None, sampler="DDIM"
     images, guided = len(call["prompt"]), call["guidance_scale"] > 1
     scheduler = scheduler_for(base, sampler)
     scheduler.set_timesteps(call["num_inference_steps"])
-    options = {
-        **{"patch_size": 4, "temperature_mode": "adaptive", "temperature": 0.3, "relativity": 0.5, "base_share": 0.5},
-        **{"upsampling": "nearest", "top_k": 0, "selection_scope": "image", "switch_every": 5, "start": 0, "end": 1},
-        **{"combination": "shares", "sharpness": 4.0, "global_below": 0.0, "patches": "grid", "momentum": 0.0},
-        **options,
-    }
+    options = asdict(Settings.from_mapping(options))
     momentum = oracle.Momentum(options["momentum"])
     texts = {}
 
@@ -745,8 +741,8 @@ class TestRecord:
         assert merged.plan.host == Plan.MERGED and merged.similarity is None and merged.weights is None
         assert inside.index == 2 and inside.plan == Plan(host=Plan.BASE, isolated=(0, 1, 2), members=(0, 1, 2))
         assert inside.timestep == float(pipe.scheduler.timesteps[2])
-        assert inside.similarity.shape == inside.weights.shape == (3, 2, 3, 3)
-        torch.testing.assert_close(inside.weights.sum(0), torch.ones(2, 3, 3))
+        assert inside.similarity.shape == inside.weights.shape == (3, 2, *SIZE)
+        torch.testing.assert_close(inside.weights.sum(0), torch.ones(2, *SIZE))
         assert inside.similarity.max() <= 1
 
     def test_cost(self, pipes, files):

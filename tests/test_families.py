@@ -4,7 +4,7 @@ The reference is the family's own pipeline in float64, whose denoiser is replace
 pipelines that each hold one LoRA by diffusers' and PEFT's own means, composed by the oracle.
 """
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 
 import numpy as np
@@ -22,6 +22,7 @@ from loratorio_ext.claims import Claim
 from loratorio_ext.errors import SettingsError, UnsupportedError
 from loratorio_ext.hosts.denoisers import Call, Layout
 from loratorio_ext.hosts.diffusers import check_supported, composed, load_lora, scheduler_for
+from loratorio_ext.settings import Settings
 from tests import oracle
 from tests.tiny_pipelines import assert_untouched, state
 from tests.tiny_transformers import (
@@ -43,10 +44,6 @@ pytestmark = [
 diffusers.utils.logging.set_verbosity_error()  # that a model was cast to float64
 
 OPTIONS = {"patch_size": 2, "temperature_mode": "adaptive", "temperature": 1.0, "relativity": 0.5, "base_share": 0.5}
-ALL_OPTIONS = {
-    **{"upsampling": "nearest", "top_k": 0, "selection_scope": "image"},
-    **{"combination": "shares", "sharpness": 4.0, "global_below": 0.0, "patches": "grid"},
-}
 KINDS = ("everything", "attention", "rest")
 WEIGHTS = (0.9, 1.0, 0.8)
 
@@ -141,7 +138,8 @@ class Reference:
     def __init__(self, method, options, count, parts=()):
         self.method, self.count = method, count
         self.claims = [Claim.of(each) for each in parts or [{}] * count]
-        self.options = {**OPTIONS, **ALL_OPTIONS, **options}
+        self.options = asdict(Settings.from_mapping({**OPTIONS, **options}))
+        self.momentum = [oracle.Momentum(self.options["momentum"]) for _ in range(2)]
         self.reuse = [oracle.Reuse(options["refresh"], options["warmup"]) for _ in range(2) if "refresh" in options]
 
     def __call__(self, step, conds, unconds=None):
@@ -169,8 +167,9 @@ class Reference:
         if self.reuse:
             eps, of_loras = self.reuse[unconds is not None](eps, base, of_loras, base_uncond, 1.0)
         rows = range(len(base))
+        relative = self.momentum[unconds is not None](eps, base, self.options, members)
         cond, uncond, _ = oracle.loratorio(
-            eps, base, eps, of_loras, base_uncond, rows, self.options, None, place, share, base
+            eps, base, eps, of_loras, base_uncond, rows, self.options, None, place, share, base, relative
         )
         return cond, uncond
 
@@ -335,7 +334,7 @@ class TestGuidance:
             first, second = (pipe(**arguments("flux-dev")).images for _ in range(2))
             assert torch.equal(first, second)
             assert [step.index for step in composition.steps] == list(range(STEPS))
-            assert composition.steps[0].weights.shape == (3, 2, 3, 5)
+            assert composition.steps[0].weights.shape == (3, 2, 6, 10)
 
 
 def test_the_command_line(files, tmp_path):
