@@ -6,10 +6,12 @@ from loratorio_ext.generation import Generation
 from loratorio_ext.hosts import webui_adapter
 from loratorio_ext.hosts.limits import add_settings, log_steps
 from loratorio_ext.hosts.pictures import show
+from loratorio_ext.hosts.webui import show_warnings
 from loratorio_ext.ui import build_ui
 from loratorio_ext.xyz import add_axes
 
 host = webui_adapter()  # now, not at the first image: a host reports a script that fails to load
+show_warnings()
 
 
 class LoRAtorioScript(scripts.Script):

@@ -36,6 +36,13 @@ from loratorio_ext.triggers import phrases, trigger_words
 logger = logging.getLogger("loratorio")
 
 
+def show_warnings() -> None:
+    """Let the extension's warnings into the log of a host that takes errors only, unless the user has chosen that."""
+    asked = getattr(shared.cmd_opts, "loglevel", None) or os.environ.get("SD_WEBUI_LOG_LEVEL")
+    if not asked and logger.getEffectiveLevel() > logging.WARNING:
+        logger.setLevel(logging.WARNING)
+
+
 def lora_extension() -> ModuleType:
     """The module ``networks`` of the host's Lora extension; raises `UnsupportedError` when that is switched off."""
     lora = extra_networks.extra_network_registry.get("lora")

@@ -1,6 +1,7 @@
 """The double itself: a host that composes as its reference script does, and that is left as it was found."""
 
 import json
+import logging
 import sys
 from shutil import copyfile
 
@@ -103,6 +104,22 @@ def test_other_models(tmp_path, family):
             contract.assert_composes(**{"prompt": TWO} | row)
         for options in ({}, {"pad_cond_uncond": True}, {"pad_cond_uncond_v0": True}):
             contract.assert_composes(prompt=LONG + TWO, host_options=options)
+
+
+@pytest.mark.parametrize("asked, seen", [(None, True), ("ERROR", False)])
+def test_warnings_are_seen_unless_the_user_asked_for_errors_only(tmp_path, monkeypatch, asked, seen):
+    """On a host that by itself logs errors only, too, as Forge Neo does."""
+    monkeypatch.delenv("SD_WEBUI_LOG_LEVEL", raising=False)
+    if asked:
+        monkeypatch.setenv("SD_WEBUI_LOG_LEVEL", asked)
+    scripts = {
+        "LoRAtorio": {"args": [{"enabled": True}]},
+        "LoRAtorio sabotage": {"args": [{"error": "memory", "rows": 2}]},
+    }
+    with Double(tmp_path, level=logging.ERROR) as webui:
+        webui.txt2img(prompt=TWO, alwayson_scripts=scripts)
+        assert ("Out of memory with 6 rows in a batch: going on with 3" in webui.log()) == seen
+    assert logging.getLogger("loratorio").level == logging.NOTSET
 
 
 def test_a_listed_lora_is_in_the_weights(webui):

@@ -63,27 +63,36 @@ class LogHandler(logging.Handler):
 
 
 @contextmanager
-def logging_to(lines: list[str]):
-    """While entered, records from level INFO on are among ``lines``."""
+def logging_to(lines: list[str], level: int):
+    """While entered, records from ``level`` on are among ``lines``."""
     root, handler = logging.getLogger(), LogHandler(lines)
-    before = root.level
-    root.setLevel(logging.INFO)
+    before = {logger: logger.level for logger in (root, logging.getLogger("loratorio"))}
+    root.setLevel(level)
     root.addHandler(handler)
     try:
         yield
     finally:
         root.removeHandler(handler)
-        root.setLevel(before)
+        for logger, earlier in before.items():
+            logger.setLevel(earlier)
 
 
 class Double:
     """The host, while entered. ``data``: where its files go.
 
-    ``family`` is the model's: sd1; sd2v, which predicts velocity; sdxl, whose conditionings are dicts.
+    ``family`` is the model's: sd1; sd2v, which predicts velocity; sdxl, whose conditionings are dicts. ``level`` is
+    that of its log.
     """
 
-    def __init__(self, data: Path, extensions: Iterable[Path] = EXTENSIONS, family: str = "sd1"):
+    def __init__(
+        self,
+        data: Path,
+        extensions: Iterable[Path] = EXTENSIONS,
+        family: str = "sd1",
+        level: int = logging.INFO,
+    ):
         self.data = Path(data)
+        self.level = level
         self.extensions = tuple(extensions)
         self.family = family
         self._stack = ExitStack()
@@ -93,7 +102,7 @@ class Double:
             stack.enter_context(fresh_imports("loratorio_ext", *(path.stem for path in HOST.iterdir())))
             sys.path.insert(0, str(HOST))
             self._lines = self.module("modules.errors").lines
-            stack.enter_context(logging_to(self._lines))
+            stack.enter_context(logging_to(self._lines, self.level))
             self._start()
             self._stack = stack.pop_all()
         return self
