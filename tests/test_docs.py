@@ -91,7 +91,7 @@ def test_python(files, page, snippet):
     names = {}
     exec(compile(snippet, page, "exec"), names)
     last = names["composition"].steps[-1]
-    assert names["image"].size == (256, 256) and last.weights.shape == (len(last.members), 1, 8, 8)
+    assert names["image"].size == (256, 256) and last.weights.shape == (len(last.members), 1, 32, 32)
     assert last.members == (["watercolour"] if 'steps="' in snippet else ["knight", "watercolour"])
 
 

@@ -227,5 +227,5 @@ def test_base_only_guidance_needs_no_unconditional_rows():
 
 def test_settings_choose_it():
     assert isinstance(method_from(Settings(reselect_every=2, top_k=3)), Reselection)
-    assert isinstance(method_from(Settings(top_k=3)), LoRAtorio)
+    assert isinstance(method_from(Settings(top_k=3, momentum=0.0)), LoRAtorio)
     assert not isinstance(method_from(Settings(reselect_every=2, refresh=1)), Reselection)
