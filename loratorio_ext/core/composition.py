@@ -6,9 +6,9 @@ from torch import Tensor
 from loratorio_ext.core.selection import top_k_mask
 
 MIN_TEMPERATURE = 1e-6
+"""Below any spread of similarities that float32 resolves: keeps SoftMin of equal scores an equal split."""
 MIN_SPREAD = 1e-4
 """Of the scores' mean magnitude: scores that differ by less differ by what rounding makes of equal ones."""
-"""Below any spread of similarities that float32 resolves: keeps SoftMin of equal scores an equal split."""
 
 
 def softmin_weights(
