@@ -13,15 +13,16 @@ BASELINE = "baseline"
 MERGE, COMPOSITE = {"method": "merge"}, {"method": "composite"}
 SWITCH = {"method": "switch", "switch_every": 2}  # so that in a few steps each of five LoRAs has its turns
 PAPER = {"preset": "paper"}
+PATCH_BY_PATCH = {"patches": "grid", "momentum": 0.0}
+"""Every patch and every step for itself, as in the paper."""
 CENTRE = {
+    **PATCH_BY_PATCH,
     "method": "loratorio",
     "patch_size": 2,
     "temperature_mode": "adaptive",
     "temperature": 0.3,
     "relativity": 1.0,
     "base_share": 0.5,
-    "patches": "grid",
-    "momentum": 0.0,
 }
 """The point from which the sweep goes along each axis."""
 
@@ -54,13 +55,12 @@ POOL = (
 """Ways to deal with more LoRAs than the prompt names."""
 
 GATED = {
+    **PATCH_BY_PATCH,
     "combination": "gates",
     "patch_size": 2,
     "sharpness": 4.0,
     "relativity": 1.0,
     "base_share": 0.5,
-    "patches": "grid",
-    "momentum": 0.0,
 }
 """The point from which gates are gone through, each axis by itself, beside shares with the same."""
 GATES = (
@@ -91,14 +91,7 @@ EVERY_GATE = tuple(
 TRUTH = {"true_renders": True}
 """No composition at all: the scene as the world's renderer draws it, to see what the judge says of that."""
 PERFECT = "perfect_masks"
-CEILING = {
-    PERFECT: True,
-    "combination": "gates",
-    "sharpness": 0.0,
-    "patch_size": 1,
-    "patches": "grid",
-    "momentum": 0.0,
-}
+CEILING = {**PATCH_BY_PATCH, PERFECT: True, "combination": "gates", "sharpness": 0.0, "patch_size": 1}
 """Perfect information (see `benchmarks.ceiling`): each LoRA's difference in full where the scene has its concept."""
 CEILING_OF_SHARES = {**CEILING, "combination": "shares"}
 """The same where weights must add up to 1: a style and a thing share a patch."""

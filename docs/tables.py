@@ -2,6 +2,7 @@
 they are."""
 
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def presets() -> str:
     return "\n".join(lines)
 
 
+@cache
 def rows_of(suite: str) -> list[dict[str, Any]]:
     """A suite's rows of scenes that name all of their LoRAs, as far as every way has painted them."""
     rows = read_rows(RESULTS / f"{suite}.jsonl")

@@ -128,11 +128,10 @@ def lora(unet: torch.nn.Module, text: torch.nn.Module, path: Path, trigger: str,
     """A trained adapter in kohya's layout, fp16; the trigger was in so many scenes."""
     state = {}
     for part, module in (("unet", unet), ("te", text)):
-        weights = get_peft_model_state_dict(module)
+        weights, alpha = get_peft_model_state_dict(module), module.peft_config["default"].lora_alpha
         for key, name in lora_keys(part, module).items():
             state[name] = weights[key].half().contiguous()
-            alpha = torch.tensor(float(module.peft_config["default"].lora_alpha)).half()
-            state[f"{name.split('.')[0]}.alpha"] = alpha
+            state[f"{name.split('.')[0]}.alpha"] = torch.tensor(float(alpha)).half()
     path.parent.mkdir(parents=True, exist_ok=True)
     meta = {"ss_network_module": "networks.lora", "ss_base_model_version": "sd_v1", "trigger": trigger, "kind": kind}
     meta["ss_tag_frequency"] = json.dumps({kind: {trigger: scenes}})  # where WebUIs look for trigger words

@@ -148,6 +148,10 @@ class LoRAtorio:
         """Whether some of ``n`` LoRAs are left out."""
         return 0 < self.top_k < n
 
+    def chooses(self, n: int, prior: Tensor | None) -> bool:
+        """Whether there is a choice to make among ``n`` LoRAs: some are left out, or not all may act everywhere."""
+        return prior is not None or self.selects(n)
+
     @property
     def side(self) -> int:
         """How many latent pixels one weight is for, in either direction."""
@@ -175,7 +179,7 @@ class LoRAtorio:
 
         Ranked by similarity itself: relative to its own mean, every LoRA of an image would rank alike.
         """
-        if prior is None and not self.selects(len(similarity)):
+        if not self.chooses(len(similarity), prior):
             return None
         return top_k_mask(similarity, self.top_k, self.selection_scope, prior)
 
@@ -197,10 +201,12 @@ class LoRAtorio:
         priors of the chosen, at most 1. So a LoRA alone has its prior as weight, halves with soft edges that meet leave
         no gap between them, and the rest is the base model's.
         """
-        divergence = self.divergence(eps, eps_base)
         prior = self.prior(place)
-        chosen = self.choose(1 - divergence, prior) if chosen is None else chosen
-        relative = relative_divergence(divergence, self.relativity) if relative is None else relative
+        choosing = chosen is None and self.chooses(len(eps), prior)
+        if choosing or relative is None:
+            divergence = self.divergence(eps, eps_base)
+            chosen = self.choose(1 - divergence, prior) if choosing else chosen
+            relative = relative_divergence(divergence, self.relativity) if relative is None else relative
         if self.combination == "gates":
             return gates(relative, self.sharpness, chosen, prior, share, self.global_below)
         score = -relative
