@@ -151,7 +151,7 @@ def resolved(options: Options) -> dict[str, Any]:
         if option.used_by(settings.method)
         and option.name not in FORM
         and (option.name not in NEEDS or getattr(settings, NEEDS[option.name]))
-        and (not (option.needs or option.replaced_by) or settings.matters(option))
+        and (not (option.needs or option.default_needs or option.replaced_by) or settings.matters(option))
     }
 
 
@@ -199,6 +199,6 @@ def variant_name(options: Options) -> str:
             words.append(f"chosen every {settings.reselect_every} steps")
     if settings.refresh:
         words.append(f"refresh {settings.refresh} after {settings.warmup}")
-    if settings.unnamed != "keep":
+    if settings.matters(OPTION["unnamed"]):
         words.append(f"unnamed {settings.unnamed}")
     return ", ".join(words) + everywhere

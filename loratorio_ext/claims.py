@@ -233,22 +233,46 @@ def claims_of(settings: Any, tagged: Sequence[Tagged]) -> Claims:
 # --- what prompts ask for ---------------------------------------------------------------------------------------------
 
 
-def heeding(claim: Claim, prompts: Sequence[str], unnamed: str, pooled: bool) -> Claim:
-    """The claim as far as the ``prompts``, one an image, name the LoRA; where they all do, as it is.
+def heeding(claims: Sequence[Claim], pooled: Sequence[bool], prompts: Sequence[str], unnamed: str) -> list[Claim]:
+    """The claims as far as the ``prompts``, one an image, name their LoRAs; of a LoRA that all of them name, as it is.
 
-    ``unnamed``: the option; ``pooled``: whether the LoRA is one of a pool's. A LoRA in every pass is not asked, nor is
-    one whose words are not known.
+    ``unnamed``: the option; ``pooled``: of each LoRA whether it is one of a pool's. A LoRA in every pass is not asked,
+    nor is one whose words are not known.
     """
-    heeds = not claim.base and (unnamed == "drop" or (unnamed == "drop_pooled" and pooled))
-    images = tuple(is_named(prompt, claim.words) for prompt in prompts)
-    return replace(claim, images=None if all(images) or not heeds else images)
+    named = [[is_named(prompt, claim.words) for prompt in prompts] for claim in claims]
+    from_pool = [each for each, claim, of_pool in zip(named, claims, pooled) if of_pool and claim.words]
+    heeded = {
+        "keep": lambda of_pool, image: False,
+        "auto": lambda of_pool, image: of_pool and any(each[image] for each in from_pool),
+        "drop_pooled": lambda of_pool, image: of_pool,
+        "drop": lambda of_pool, image: True,
+    }[unnamed]
+
+    def as_named(claim: Claim, of_pool: bool, each: Sequence[bool]) -> Claim:
+        images = tuple(is_asked or claim.base or not heeded(of_pool, image) for image, is_asked in enumerate(each))
+        return replace(claim, images=None if all(images) else images)
+
+    return [as_named(*each) for each in zip(claims, pooled, named)]
 
 
-def left_out(name: str, claim: Claim) -> str | None:
-    """What is to be said of a LoRA that some images of a batch, or all, do not name; None: nothing."""
-    if claim.images is None:
-        return None
-    words, where = ", ".join(claim.words), ""
-    if any(claim.images):
-        where = f" in image {', '.join(str(number) for number, acts in enumerate(claim.images, 1) if not acts)}"
-    return f"{name} takes no part{where}: the prompt has none of its trigger words ({words})"
+FEW = 3
+"""So many LoRAs are spoken of one by one."""
+
+
+def left_out(names: Sequence[str], claims: Sequence[Claim]) -> list[str]:
+    """What is to be said of LoRAs that some images of a batch, or all, do not name: of each, or of many together."""
+    said = []
+    absences = dict.fromkeys(claim.images for claim in claims if claim.images is not None)
+    for images in absences:
+        absent = [(name, claim) for name, claim in zip(names, claims) if claim.images == images]
+        number = ", ".join(str(number) for number, acts in enumerate(images, 1) if not acts)
+        where = f" in image {number}" if any(images) else ""
+        if len(absent) > FEW:
+            some = ", ".join(name for name, _ in absent[:FEW])
+            others = f"{some} and {len(absent) - FEW} more take no part{where}"
+            said.append(f"{others}: the prompt has none of their trigger words")
+            continue
+        for name, claim in absent:
+            words = ", ".join(claim.words)
+            said.append(f"{name} takes no part{where}: the prompt has none of its trigger words ({words})")
+    return said

@@ -21,14 +21,20 @@ VERSION_KEY = f"{INFOTEXT_PREFIX} version"
 """The version that wrote an infotext. In one that has it, an option without an entry had no effect."""
 
 
+def key_of(name: str) -> str:
+    """The key of the option of that name in an infotext."""
+    return f"{INFOTEXT_PREFIX} {name.replace('_', ' ')}"
+
+
 @dataclass(frozen=True)
 class Option:
     """One option: what it may be, what it is without being set, and how to explain it.
 
     ``low`` and ``high`` are inclusive; ``choices`` are the allowed names of a text option; ``methods`` are the
     methods that use it (empty: all), others ignore it and the UI hides it. ``idle``: the value with which it does
-    nothing, if there is one; ``needs``: the option while which is idle this one has no effect; ``replaced_by``: the one
-    that takes its place, so that it has an effect only while that is idle.
+    nothing, if there is one; ``needs``: the option while which is idle this one has no effect; ``default_needs``: the
+    one while which is idle its default has none; ``replaced_by``: the one that takes its place, so that it has an
+    effect only while that is idle.
     """
 
     name: str
@@ -43,6 +49,7 @@ class Option:
     methods: tuple[str, ...] = ()
     idle: Any = None
     needs: str = ""
+    default_needs: str = ""
     replaced_by: str = ""
 
     @property
@@ -56,7 +63,7 @@ class Option:
 
     @property
     def infotext_key(self) -> str:
-        return f"{INFOTEXT_PREFIX} {self.name.replace('_', ' ')}"
+        return key_of(self.name)
 
     @property
     def allowed(self) -> str:
@@ -115,15 +122,17 @@ class Option:
         except ValueError as error:
             raise self.refused(text) from error
 
-    def unsaid(self, method: str) -> Any:
-        """What a versioned infotext of an image made by ``method`` means without an entry."""
-        return self.default if self.idle is None or not self.used_by(method) else self.idle
+    def unsaid(self, method: str, needed: bool) -> Any:
+        """What a versioned infotext of an image made by ``method`` means without an entry; ``needed``: whether what its
+        default needs is there."""
+        return self.idle if self.idle is not None and self.used_by(method) and needed else self.default
 
     def read(self, params: Mapping[str, str]) -> Any:
         """The value that an image was made with, by its generation parameters; the default for images without us."""
         if self.infotext_key in params:
             return self.parse(params[self.infotext_key])
-        unsaid = self.unsaid(params.get(METHOD_KEY, BEFORE_VERSIONS["method"]))
+        needed = not self.default_needs or key_of(self.default_needs) in params
+        unsaid = self.unsaid(params.get(METHOD_KEY, BEFORE_VERSIONS["method"]), needed)
         if VERSION_KEY in params:
             return unsaid
         if not any(key.startswith(f"{INFOTEXT_PREFIX} ") for key in params):
@@ -544,15 +553,16 @@ OPTIONS = (
     ),
     Option(
         "unnamed",
-        "keep",
+        "auto",
         "Unnamed LoRAs",
-        "LoRAs whose trigger words are known, when none of them is in an image's prompt. keep: they take part like the "
-        "others. drop_pooled: those of the pool take none in this image, so that words choose from a pool. drop: nor "
-        "do those with a tag.",
+        "LoRAs whose trigger words are known, when none of them is in an image's prompt. auto: where the prompt names "
+        "some of the pool, the others of the pool take no part. keep: they take part like the others. drop_pooled: "
+        "those of the pool take no part in this image. drop: nor do those with a tag.",
         group="Pool and selection",
-        choices=("keep", "drop_pooled", "drop"),
+        choices=("auto", "keep", "drop_pooled", "drop"),
         methods=COMPOSING,
         idle="keep",
+        default_needs="pool",
     ),
 )
 
@@ -647,8 +657,13 @@ class _Settings:
         nothing takes its place."""
         value, needs, other = getattr(self, option.name), OPTION.get(option.needs), OPTION.get(option.replaced_by)
         idle = option.idle is not None and value == option.idle
+        idle = idle or (value == option.default and not self.has(option.default_needs))
         in_force = (needs is None or self.matters(needs)) and (other is None or not self.matters(other))
         return option.used_by(self.method) and not idle and in_force
+
+    def has(self, needed: str) -> bool:
+        """Whether what a default needs is there: an option of that name which matters, or nothing ("")."""
+        return not needed or self.matters(OPTION[needed])
 
     def to_infotext(self) -> dict[str, str]:
         """Generation parameters that `from_infotext` reads back, today and after defaults have changed: the version,
@@ -659,7 +674,7 @@ class _Settings:
         said = {
             option: value
             for option, value in values.items()
-            if self.matters(option) or value != option.unsaid(self.method)
+            if self.matters(option) or value != option.unsaid(self.method, self.has(option.default_needs))
         }
         return {option.infotext_key: option.write(value) for option, value in said.items()} | {VERSION_KEY: __version__}
 

@@ -445,38 +445,57 @@ class TestWords:
 
     @pytest.mark.parametrize(
         "unnamed, of_the_prompt, of_a_pool",
-        [("keep", True, True), ("drop_pooled", True, False), ("drop", False, False)],
+        [("keep", True, True), ("auto", True, True), ("drop_pooled", True, False), ("drop", False, False)],
     )
     def test_who_may_be_left_out(self, unnamed, of_the_prompt, of_a_pool):
         claim = Claim(words=("zorg robot",))
         for pooled, stays in ((False, of_the_prompt), (True, of_a_pool)):
-            heeded = heeding(claim, ["a red ball"], unnamed, pooled)
+            (heeded,) = heeding([claim], [pooled], ["a red ball"], unnamed)
             assert heeded.acts_at(0.5) == stays
-            assert (left_out("zorg", heeded) is None) == stays
-            assert heeding(claim, ["a zorg robot"], unnamed, pooled) == claim
-            assert heeding(Claim(), ["a red ball"], unnamed, pooled) == Claim(), "nobody knows its words"
+            assert (left_out(["zorg"], [heeded]) == []) == stays
+            assert heeding([claim], [pooled], ["a zorg robot"], unnamed) == [claim]
+            assert heeding([Claim()], [pooled], ["a red ball"], unnamed) == [Claim()], "nobody knows its words"
             in_every_pass = Claim(words=("zorg robot",), base=True)
-            assert heeding(in_every_pass, ["a red ball"], unnamed, pooled) == in_every_pass
+            assert heeding([in_every_pass], [pooled], ["a red ball"], unnamed) == [in_every_pass]
+
+    def test_by_itself_the_prompt_chooses_from_a_pool_where_it_names_one_of_it(self):
+        of_prompt, zorg, comet, unknown = (Claim(words=words) for words in (("neon",), ("zorg",), ("comet",), ()))
+        prompts = ["a zorg robot", "a red ball", "a comet, a zorg", "neon"]
+        heeded = heeding([of_prompt, zorg, comet, unknown], [False, True, True, True], prompts, "auto")
+        assert [claim.images for claim in heeded] == [None, None, (False, True, True, True), None]
+        tagged = heeding([zorg, comet], [False, True], ["a zorg"], "auto")
+        assert tagged == [zorg, comet], "who has a tag is none of the pool"
+
+    def test_of_many_who_are_left_out_is_said_at_once(self):
+        claims = heeding([Claim(words=(name,)) for name in "abcde"], [True] * 5, ["x", "y"], "drop")
+        assert left_out(list("abcde"), claims) == [
+            "a, b, c and 2 more take no part: the prompt has none of their trigger words"
+        ]
+        assert len(left_out(list("abc"), claims[:3])) == 3
+        some = heeding([Claim(words=(name,)) for name in "abcde"], [True] * 5, ["x", "a b c d e"], "drop")
+        assert left_out(list("abcde"), some) == [
+            "a, b, c and 2 more take no part in image 1: the prompt has none of their trigger words"
+        ]
 
     def test_of_a_batch_those_images_that_name_it(self):
         prompts = ["a zorg robot", "a red ball", "a robot, zorg"]
-        some = heeding(Claim(words=("zorg robot",)), prompts, "drop", False)
+        (some,) = heeding([Claim(words=("zorg robot",))], [False], prompts, "drop")
         assert some.images == (True, False, True) and some.acts_at(0) and some.placed
-        assert left_out("zorg", some) == (
+        assert left_out(["zorg"], [some]) == [
             "zorg takes no part in image 2: the prompt has none of its trigger words (zorg robot)"
-        )
+        ]
         place = place_of([some, Claim(at=PLACES["left"])], 2, 40, image_of_row=(0, 1, 1, 2))
         assert place.shape == (2, 4, 2, 40)
         assert place[0].amax(dim=(1, 2)).tolist() == place[0].amin(dim=(1, 2)).tolist() == [1, 0, 0, 1]
         assert torch.equal(place[1], place_of([Claim(at=PLACES["left"])], 2, 40).expand(4, 2, 40))
 
     def test_without_a_difference_between_images_places_are_those_of_all(self):
-        nobody = heeding(Claim(words=("zorg",)), ["a", "b"], "drop", False)
+        (nobody,) = heeding([Claim(words=("zorg",))], [False], ["a", "b"], "drop")
         assert not nobody.placed and not nobody.acts_at(0.5)
         assert place_of([Claim(), Claim()], 3, 4, image_of_row=(0, 1)) is None
 
     def test_what_methods_do_not_know(self):
-        some = heeding(Claim(words=("zorg",)), ["zorg", "b"], "drop", False)
+        (some,) = heeding([Claim(words=("zorg",))], [False], ["zorg", "b"], "drop")
         assert not_heeded("merge", [Claim(words=("zorg",))]) is None, "words alone ask for nothing"
         assert not_heeded("switch", [some]) and not not_heeded("composite", [some])
 

@@ -442,6 +442,21 @@ class TestUnnamed:
         lora = replace(loras_of(pipe, files["sd1"][:1])[0], parts={"words": "zorg"})
         assert torch.equal(generate(pipe, [lora], unnamed="drop"), pipe(**arguments(pipe)).images)
 
+    def test_by_itself_the_prompt_chooses_from_a_pool(self, pipes, files):
+        pipe = pipes["sd1"]
+        first, second, third = (
+            replace(lora, pooled=True, parts={"words": words})
+            for lora, words in zip(loras_of(pipe, files["sd1"][:3], WEIGHTS[:3]), ("cat", "zorg", "comet"))
+        )
+        call = {"prompt": ["a cat", "a comet"]}
+        chosen = generate(pipe, [first, second, third], call=call)
+        apart = [generate(pipe, [lora], call=call)[i] for i, lora in enumerate((first, third))]
+        for image, alone in zip(chosen, apart):
+            assert relative_error(image, alone) < 1e-4
+        nobody = {"prompt": ["a ball", "a ball"]}
+        everyone = generate(pipe, [first, second, third], unnamed="keep", call=nobody)
+        assert torch.equal(generate(pipe, [first, second, third], call=nobody), everyone)
+
     def test_words_are_those_of_the_file(self, pipes, files, tmp_path):
         tensors = load_file(files["sd1"][0])
         save_file(tensors, tmp_path / "a.safetensors", {"ss_tag_frequency": json.dumps({"10": {"zorg robot": 9}})})
@@ -458,6 +473,9 @@ class TestUnnamed:
         with composed(pipe, [lora], unnamed="drop"), pytest.raises(UnsupportedError, match="embeddings") as caught:
             pipe(**{**arguments(pipe), **given})
         assert caught.value.field == "unnamed"
+        with composed(pipe, [replace(lora, pooled=True, parts={"words": "zorg"})]) as composition:
+            pipe(**{**arguments(pipe), **given})
+        assert composition.unnamed == () and composition.steps[0].members == [lora.name]
 
 
 class TestClaims:

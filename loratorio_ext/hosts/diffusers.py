@@ -312,20 +312,25 @@ class Composition(ModelHook):
         return base
 
     def heed(self, given: Mapping[str, Any]) -> None:
-        """Let the prompts that the pipeline is ``given`` say whom they name; warns of those they leave out."""
-        if not self.settings.matters(OPTION["unnamed"]):
+        """Let the prompts that the pipeline is ``given`` say whom they name; warns of those they leave out.
+
+        Left to itself ("auto"), it keeps everybody where prompts are not seen.
+        """
+        unnamed, option = self.settings.unnamed, OPTION["unnamed"]
+        if unnamed == option.idle or not option.used_by(self.settings.method):
             return
         prompts = given.get("prompt")
+        if prompts is None and unnamed == "auto":
+            return
         if prompts is None:
             raise UnsupportedError("LoRAtorio: whom a prompt names is not seen in its embeddings", field="unnamed")
         prompts = [prompts] if isinstance(prompts, str) else prompts
         each = [prompt for prompt in prompts for _ in range(given.get("num_images_per_prompt") or 1)]
-        self.claims = [
-            heeding(claim, each, self.settings.unnamed, lora.pooled) for lora, claim in zip(self.loras, self.own_claims)
-        ]
-        notes = [left_out(lora.name, claim) for lora, claim in zip(self.loras, self.claims)]
-        notes += [not_heeded(self.settings.method, self.claims)]
-        self.unnamed = tuple(note for note in notes if note is not None and note not in self.notes)
+        pooled = [lora.pooled for lora in self.loras]
+        self.claims = heeding(self.own_claims, pooled, each, unnamed)
+        notes = [*left_out([lora.name for lora in self.loras], self.claims)]
+        notes += filter(None, [not_heeded(self.settings.method, self.claims)])
+        self.unnamed = tuple(note for note in notes if note not in self.notes)
         for note in self.unnamed:
             warnings.warn(f"LoRAtorio: {note}", stacklevel=2)
 

@@ -274,10 +274,10 @@ def claims_on(generation: Generation, loras: Sequence[Listed]) -> list[Claim]:
     ]
     claims, unnamed = claims_of(generation.settings, tagged), generation.settings.unnamed
     _, prompts, _ = prompts_of_pass(generation.p)
-    each = [heeding(claim, prompts, unnamed, not tag.items) for claim, tag in zip(claims.each, tagged)]
+    each = heeding(claims.each, [not tag.items for tag in tagged], prompts, unnamed)
     notes = [f"{unused} is no LoRA of this image" for unused in claims.unused]
     notes += [not_heeded(generation.settings.method, each)]
-    notes += [left_out(lora.name, claim) for lora, claim in zip(loras, each)]
+    notes += left_out([lora.name for lora in loras], each)
     for note in filter(None, notes):
         generation.note(note)
     return each

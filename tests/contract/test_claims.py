@@ -165,7 +165,13 @@ def test_whom_the_prompt_does_not_name_is_left_out_and_said(contract, method):
 def test_a_pool_from_which_words_choose(contract):
     options = {"pool": ["unet_only:0.6"], "loras": {"unet_only": {"words": "zorg"}}}
     assert same(contract.composed({**options, "unnamed": "drop_pooled"}, prompt=TWO), contract.composed(prompt=TWO))
-    assert not same(contract.composed(options, prompt=TWO), contract.composed(prompt=TWO))
+    everyone = contract.composed({**options, "unnamed": "keep"}, prompt=TWO)
+    assert not same(everyone, contract.composed(prompt=TWO))
+    assert same(contract.composed(options, prompt=TWO), everyone), "the prompt names nobody of the pool"
+    others = {**options, "pool": ["unet_only:0.6", "locon:0.5"], "loras": {**options["loras"], "locon": {"words": CAT}}}
+    named = contract.composed(others, prompt=f"{CAT} <lora:lora:1>")
+    assert same(named, contract.composed({"pool": ["locon:0.5"]}, prompt=f"{CAT} <lora:lora:1>"))
+    assert "unet_only takes no part: the prompt has none of its trigger words (zorg)" in named.infotext
 
 
 @pytest.mark.parametrize("method", ["switch", "merge"])
