@@ -97,14 +97,14 @@ CEILING_OF_SHARES = {**CEILING, "combination": "shares"}
 """The same where weights must add up to 1: a style and a thing share a patch."""
 EVERYWHERE = "style_in_every_pass"
 """The option that a style's LoRA is in every pass, the base model's included, as a user says with ``base=1``."""
+REACHED = {**CEILING_OF_SHARES, "base_share": 0.25, EVERYWHERE: True}
+"""The best use of perfect information so far."""
 CEILINGS = (
-    *({**CEILING_OF_SHARES, "base_share": share, EVERYWHERE: True} for share in (0.0, 0.25, 0.5)),
-    {**CEILING, "base_share": 0.25, EVERYWHERE: True},
+    *({**REACHED, "base_share": share} for share in (0.0, 0.25, 0.5)),
+    {**REACHED, "combination": "gates"},
     {**CEILING_OF_SHARES, "base_share": 0.25},
 )
 """The ceiling is the best of them: what perfect information reaches also depends on how it is used."""
-REACHED = {**CEILING_OF_SHARES, "base_share": 0.25, EVERYWHERE: True}
-"""The best of them so far."""
 BOUNDS = (TRUTH, *CEILINGS, MERGE, {})
 SLIDING = {"patch_size": 2, "patches": "sliding"}
 SMOOTH = {**CENTRE, **SLIDING, "base_share": 0.25}
