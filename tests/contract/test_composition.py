@@ -29,7 +29,7 @@ OPTIONS = {
     "composite": {"method": "composite"},
     "switch": {"method": "switch", "switch_every": 2},
     "early steps only": {"end": 0.5},
-    "late steps only": {"start": 0.5},
+    "late steps only": {"start": 0.25},
     "gates": {"combination": "gates"},
     "gates, top 2, base share 0": {"combination": "gates", "sharpness": 1.0, "top_k": 2, "base_share": 0.0},
     "gates, some global": {"combination": "gates", "global_below": 0.5},
