@@ -146,12 +146,12 @@ def resolved(options: Options) -> dict[str, Any]:
         return dict(options)
     settings = Settings.from_mapping(of_product(options))
     return {name: options[name] for name in OWN if name in options} | {
-        option.name: getattr(settings, option.name)
+        option.name: settings.effect(option)
         for option in OPTIONS
         if option.used_by(settings.method)
         and option.name not in FORM
         and (option.name not in NEEDS or getattr(settings, NEEDS[option.name]))
-        and (not (option.needs or option.default_needs or option.replaced_by) or settings.matters(option))
+        and (not (option.needs or option.replaced_by) or settings.matters(option))
     }
 
 

@@ -655,11 +655,15 @@ class _Settings:
     def matters(self, option: Option) -> bool:
         """Whether an option's value has an effect: the method uses it, neither it nor what it needs is idle, and
         nothing takes its place."""
-        value, needs, other = getattr(self, option.name), OPTION.get(option.needs), OPTION.get(option.replaced_by)
-        idle = option.idle is not None and value == option.idle
-        idle = idle or (value == option.default and not self.has(option.default_needs))
+        needs, other = OPTION.get(option.needs), OPTION.get(option.replaced_by)
+        idle = option.idle is not None and self.effect(option) == option.idle
         in_force = (needs is None or self.matters(needs)) and (other is None or not self.matters(other))
         return option.used_by(self.method) and not idle and in_force
+
+    def effect(self, option: Option) -> Any:
+        """An option's value, or the idle one that its default amounts to where what that needs is not there."""
+        value = getattr(self, option.name)
+        return option.idle if value == option.default and not self.has(option.default_needs) else value
 
     def has(self, needed: str) -> bool:
         """Whether what a default needs is there: an option of that name which matters, or nothing ("")."""
