@@ -382,6 +382,26 @@ class TestClaimsAgainstPeft:
             assert step.plan.isolated == () and (step.weights is None or len(step.weights) == 0)
 
 
+class TestPrecision:
+    """A denoiser in half precision, or in float32 under autocast, whose noise is recovered in float32."""
+
+    @pytest.mark.parametrize("family", ["sd1", "sd2v"])
+    @pytest.mark.parametrize("options", [{}, {"refresh": 1, "warmup": 1}, {"method": "composite"}], ids=str)
+    def test_half(self, files, family, options):
+        exact, half = make_pipeline(family), make_pipeline(family, torch.bfloat16)
+        images = [generate(pipe, loras_of(pipe, files[family][:2], WEIGHTS[:2]), **options) for pipe in (exact, half)]
+        assert images[1].dtype == torch.bfloat16 and relative_error(images[1].float(), images[0]) < 0.1
+
+    @pytest.mark.parametrize("family", ["sd1", "sd2v"])
+    @pytest.mark.parametrize("options", [{}, {"refresh": 1, "warmup": 1}, {"method": "composite"}], ids=str)
+    def test_autocast(self, pipes, files, family, options):
+        pipe = pipes[family]
+        loras = loras_of(pipe, files[family][:2], WEIGHTS[:2])
+        exact = generate(pipe, loras, **options)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert relative_error(generate(pipe, loras, **options).float(), exact) < 0.1
+
+
 class TestUnnamed:
     """LoRAs whose trigger words the prompt does not have."""
 

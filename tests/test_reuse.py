@@ -71,6 +71,18 @@ def test_constant_differences_are_reused_exactly(refresh):
         torch.testing.assert_close(composed.uncond, exact.uncond)
 
 
+def test_what_is_reused_is_in_the_hosts_own_precision():
+    """Noise is recovered in float32 whatever the model's type, and the gain of a step may be a tensor of it."""
+    world, method = World(), InTurn(METHOD, refresh=1, warmup=1)
+    for step, sigma in enumerate(SIGMAS[:3]):
+        full = world.step(sigma)
+        half = {name: getattr(full, name).bfloat16() for name in ("host_cond", "host_uncond", "cond", "uncond")}
+        gain = torch.full((ROWS, 1, 1, 1), -sigma)[:1]
+        full = replace(full, **half, eps=full.eps.float(), eps_base=full.eps_base.float(), gain=gain)
+        composed = method.combine(only(full, method.plan(step, N)))
+        assert composed.cond.dtype == composed.uncond.dtype == torch.bfloat16
+
+
 def test_every_lora_is_refreshed_in_turn():
     world, method = World(drift=0.1), InTurn(METHOD, refresh=1, warmup=0)
     seen = []

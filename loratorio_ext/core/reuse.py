@@ -99,13 +99,17 @@ class InTurn:
             self.learn(self.cond, lora, predictions.eps[position] - predictions.eps_base)
             if predictions.uncond is not None and base is not None:
                 self.learn(self.uncond, lora, (predictions.uncond[position] - base) / gain)
+
+        def moved(host: Tensor, delta: Tensor) -> Tensor:
+            """In the host's own type: noise and gain may be of a finer one."""
+            return (host + gain * delta).to(host.dtype)
+
         cond = self.expected(self.cond, predictions.host_cond)
-        uncond = None if base is None else base + gain * self.expected(self.uncond, base)
         return self.method.combine(
             replace(
                 predictions,
-                cond=predictions.host_cond + gain * cond,
-                uncond=uncond,
+                cond=moved(predictions.host_cond, cond),
+                uncond=None if base is None else moved(base, self.expected(self.uncond, base)),
                 eps=predictions.eps_base + cond,
             )
         )
