@@ -83,7 +83,7 @@ def overview_table(rows: Rows) -> str:
     cells = sorted(
         {(row["kind"], row["group"]) for row in rows}, key=lambda cell: (cell[0] != "quiet", len(cell[1]), cell)
     )
-    body = []
+    intruded, body = any(row["intruders"] for row in rows), []
     for (variant,), mine in grouped(rows, "variant").items():
         by_cell = grouped(mine, "kind", "group")
         body.append(
@@ -92,12 +92,14 @@ def overview_table(rows: Rows) -> str:
                 *(f"{100 * share_complete(by_cell[cell]).value:.0f}" if cell in by_cell else "" for cell in cells),
                 str(share_complete(mine)),
                 *(f"{100 * share(mine).value:.0f} %" for share in (share_shown, share_clean)),
+                *([f"{100 * share_intruded(mine).value:.0f} %"] if intruded else []),
                 number(median(mine, "distance"), ".1f"),
                 number(median(mine, "cost"), ".1f"),
             ]
         )
     header = ["", *(f"{kind}, {group_title(group)}" for kind, group in cells)]
-    return markdown([*header, "all: complete", "shown", "clean", "distance", "cost"], body)
+    unnamed = ["an unnamed one shows"] if intruded else []
+    return markdown([*header, "all: complete", "shown", "clean", *unnamed, "distance", "cost"], body)
 
 
 def difference_table(rows: Rows, reference: str) -> str:

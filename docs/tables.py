@@ -10,7 +10,7 @@ DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent))
 
 from benchmarks.evaluate import RESULTS, read_rows  # noqa: E402
-from benchmarks.report import SHIPPED_NAME, difference_table, overview_table  # noqa: E402
+from benchmarks.report import SHIPPED_NAME, difference_table, overview_table, price_table  # noqa: E402
 from benchmarks.statistics import painted_in_every_way  # noqa: E402
 from loratorio_ext.preview import BY_PRESETS, preset_values  # noqa: E402
 from loratorio_ext.settings import OPTIONS, PRESETS, Claims, Lines, Option  # noqa: E402
@@ -63,6 +63,20 @@ def against_defaults() -> str:
     return difference_table(rows_of("confirm"), SHIPPED_NAME)
 
 
+def others() -> str:
+    return overview_table(rows_of("others"))
+
+
+def price() -> str:
+    """What the turbo modes cost and lose."""
+    return price_table(rows_of("others"), SHIPPED_NAME)
+
+
+def pool() -> str:
+    """All LoRAs loaded, beside scenes that are given those they name alone; as far as every way has painted them."""
+    return overview_table(painted_in_every_way(read_rows(RESULTS / "pool.jsonl")))
+
+
 def with_a_style() -> str:
     """What the confirming half's rows say of prompts that name a style."""
     return overview_table([row for row in rows_of("confirm") if "neon" in row["present"]])
@@ -76,6 +90,9 @@ PAGES = {
         "confirm": confirm,
         "against the defaults": against_defaults,
         "with a style": with_a_style,
+        "others": others,
+        "price": price,
+        "pool": pool,
     },
 }
 """By page, its tables: between comments of their names, each made by a function."""

@@ -292,6 +292,8 @@ def test_the_overview_has_a_column_for_each_kind_and_number():
         "| merge | 33 | 67 | 50 % (19–81) | 67 % | 67 % | 2.0 | 1.0 |",
         "| shy |  | 67 | 67 % (21–94) | 100 % | 67 % | 2.0 | 1.0 |",
     ]
+    beside = overview_table([row(), row(group="2+1", intruders={"neon": [1, 0, 0]})]).splitlines()
+    assert "| clean | an unnamed one shows | distance |" in beside[0] and "| 33 % | 2.0 |" in beside[2]
 
 
 def test_psnr():

@@ -328,9 +328,11 @@ class Composition(ModelHook):
         each = [prompt for prompt in prompts for _ in range(given.get("num_images_per_prompt") or 1)]
         pooled = [lora.pooled for lora in self.loras]
         self.claims = heeding(self.own_claims, pooled, each, unnamed)
-        notes = [*left_out([lora.name for lora in self.loras], self.claims)]
-        notes += filter(None, [not_heeded(self.settings.method, self.claims)])
-        self.unnamed = tuple(note for note in notes if note not in self.notes)
+        notes = [
+            *left_out([lora.name for lora in self.loras], self.claims),
+            not_heeded(self.settings.method, self.claims),
+        ]
+        self.unnamed = tuple(note for note in notes if note is not None and note not in self.notes)
         for note in self.unnamed:
             warnings.warn(f"LoRAtorio: {note}", stacklevel=2)
 
