@@ -144,7 +144,7 @@ def resolved(options: Options) -> dict[str, Any]:
     """Every option that has an effect, by name, so that a result means the same when defaults change."""
     if BASELINE in options or options == TRUTH:
         return dict(options)
-    settings = Settings.from_mapping(of_product(options))
+    settings = Settings.from_mapping({n: value for n, value in of_product(options).items() if n not in FORM})
     return {name: options[name] for name in OWN if name in options} | {
         option.name: settings.effect(option)
         for option in OPTIONS
