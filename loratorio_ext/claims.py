@@ -241,15 +241,19 @@ def heeding(claims: Sequence[Claim], pooled: Sequence[bool], prompts: Sequence[s
     """
     named = [[is_named(prompt, claim.words) for prompt in prompts] for claim in claims]
     from_pool = [each for each, claim, of_pool in zip(named, claims, pooled) if of_pool and claim.words]
-    heeded = {
-        "keep": lambda of_pool, image: False,
-        "auto": lambda of_pool, image: of_pool and any(each[image] for each in from_pool),
-        "drop_pooled": lambda of_pool, image: of_pool,
-        "drop": lambda of_pool, image: True,
+    # By image: whether those of the prompt, and those of the pool, must be named to take part.
+    none, every = [False] * len(prompts), [True] * len(prompts)
+    some = [any(each[image] for each in from_pool) for image in range(len(prompts))]
+    of_prompts, of_pools = {
+        "keep": (none, none),
+        "auto": (none, some),
+        "drop_pooled": (none, every),
+        "drop": (every, every),
     }[unnamed]
 
     def as_named(claim: Claim, of_pool: bool, each: Sequence[bool]) -> Claim:
-        images = tuple(is_asked or claim.base or not heeded(of_pool, image) for image, is_asked in enumerate(each))
+        heeded = of_pools if of_pool else of_prompts
+        images = tuple(is_asked or claim.base or not heeds for is_asked, heeds in zip(each, heeded))
         return replace(claim, images=None if all(images) else images)
 
     return [as_named(*each) for each in zip(claims, pooled, named)]
@@ -265,14 +269,12 @@ def left_out(names: Sequence[str], claims: Sequence[Claim]) -> list[str]:
     absences = dict.fromkeys(claim.images for claim in claims if claim.images is not None)
     for images in absences:
         absent = [(name, claim) for name, claim in zip(names, claims) if claim.images == images]
-        number = ", ".join(str(number) for number, acts in enumerate(images, 1) if not acts)
-        where = f" in image {number}" if any(images) else ""
+        numbers = ", ".join(str(number) for number, acts in enumerate(images, 1) if not acts)
+        where = f" in image {numbers}" if any(images) else ""
         if len(absent) > FEW:
-            some = ", ".join(name for name, _ in absent[:FEW])
-            others = f"{some} and {len(absent) - FEW} more take no part{where}"
-            said.append(f"{others}: the prompt has none of their trigger words")
-            continue
-        for name, claim in absent:
-            words = ", ".join(claim.words)
-            said.append(f"{name} takes no part{where}: the prompt has none of its trigger words ({words})")
+            whose = f"{', '.join(name for name, _ in absent[:FEW])} and {len(absent) - FEW} more take no part{where}"
+            said.append(f"{whose}: the prompt has none of their trigger words")
+        else:
+            lack = f"takes no part{where}: the prompt has none of its trigger words"
+            said += [f"{name} {lack} ({', '.join(claim.words)})" for name, claim in absent]
     return said

@@ -16,7 +16,6 @@ from loratorio_ext.errors import SettingsError, nearest_name, shown
 from loratorio_ext.parts import check_parts
 
 INFOTEXT_PREFIX = "LoRAtorio"
-METHOD_KEY = f"{INFOTEXT_PREFIX} method"
 VERSION_KEY = f"{INFOTEXT_PREFIX} version"
 """The version that wrote an infotext. In one that has it, an option without an entry had no effect."""
 
@@ -24,6 +23,9 @@ VERSION_KEY = f"{INFOTEXT_PREFIX} version"
 def key_of(name: str) -> str:
     """The key of the option of that name in an infotext."""
     return f"{INFOTEXT_PREFIX} {name.replace('_', ' ')}"
+
+
+METHOD_KEY = key_of("method")
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ class Option:
             return unsaid
         if not any(key.startswith(f"{INFOTEXT_PREFIX} ") for key in params):
             return self.default
-        newer = any(f"{INFOTEXT_PREFIX} {name}" in params for name in SINCE_NEWER_DEFAULTS)
+        newer = any(key_of(name) in params for name in SINCE_NEWER_DEFAULTS)
         return {**BEFORE_VERSIONS, **(NEWER_DEFAULTS if newer else {})}.get(self.name, unsaid)
 
 
