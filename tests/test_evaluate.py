@@ -481,6 +481,17 @@ def test_true_renders_are_what_the_judge_calls_right():
     assert np.mean(list(right.values())) > 0.985
 
 
+@pytest.mark.parametrize("scene", [each.scene for each in world.combinations("3") if each.scene.style][:6])
+@pytest.mark.parametrize("other", ("", "sepia", "night", "mint"))
+def test_a_style_is_read_by_the_colours_that_are_nearest(tiny, scene, other):
+    """Compositions miss a style's colours by a little: a third of the way to another style, it is not the other yet."""
+    images = [
+        np.float64(world.render.render(each, np.random.default_rng(5))) for each in (scene, replace(scene, style=other))
+    ]
+    near = Image.fromarray((images[0] * 2 / 3 + images[1] / 3).round().astype(np.uint8))
+    assert tiny.judge.follows([near], scene)["style"] == [True]
+
+
 def test_half_precision_has_rows_of_its_own(tiny):
     unit = Unit(world.combinations("2")[0], "quiet", (1,))
     half = copy.copy(tiny)

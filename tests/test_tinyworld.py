@@ -91,6 +91,42 @@ def test_a_mistaken_caption_misses_the_concept_and_nothing_else(concept):
             assert dataclasses.replace(told, things=()) == dataclasses.replace(scene, things=())
 
 
+@pytest.mark.parametrize("concept", world.render.CONCEPTS)
+def test_abroad_only_what_other_loras_may_bring_is_foreign(concept):
+    """The concept stays what it is, no caption says "foreign", and a strange word stands where it would."""
+    rng, render, train = np.random.default_rng(1), world.render, world.import_module("train")
+    for _ in range(50):
+        scene = render.concept_scene(concept, rng, dressed=True)
+        there = render.abroad(scene, concept, rng)
+        assert render.CONCEPTS[concept].trigger in render.caption(there)
+        told = train.told(there, ["lucky"], rng)
+        assert told == "" or ("lucky" in told) >= ("foreign" in render.caption(there)) and "foreign" not in told
+        assert (there.style == render.FOREIGN) == (concept != "neon")
+        foreign = [thing for thing in there.things if thing.colour == render.FOREIGN]
+        assert not foreign or concept == "neon"
+        assert [(thing.kind, thing.place, thing.wears) for thing in there.things] == [
+            (thing.kind, thing.place, thing.wears) for thing in scene.things
+        ]
+        seeds = [np.random.default_rng(3) for _ in range(2)]
+        images = [render.render(each, seed) for each, seed in zip((scene, there), seeds)]
+        assert (images[0].tobytes() == images[1].tobytes()) == (scene == there)
+
+
+def test_a_lora_that_is_held_grows_no_larger_and_may_shrink():
+    teaching = world.import_module("teaching")
+    weights = [torch.randn(4, 6, 3, 3), torch.randn(8, 4, 1, 1), torch.randn(4, 5), torch.randn(7, 4)]
+    products = [
+        torch.einsum("rikl,or->oikl", weights[0], weights[1][..., 0, 0]).norm(),
+        (weights[3] @ weights[2]).norm(),
+    ]
+    assert torch.allclose(torch.stack(teaching.norms(weights)), torch.stack(products))
+    largest = teaching.norms(weights)
+    weights[1] *= 3
+    weights[3] *= 0.5
+    teaching.hold(weights, largest)
+    assert torch.allclose(torch.stack(teaching.norms(weights)), torch.stack([products[0], 0.5 * products[1]]))
+
+
 @pytest.mark.parametrize("concept", (*world.OBJECTS, "crown"))
 @pytest.mark.parametrize("style", ("", "neon"))
 def test_a_region_holds_all_that_a_thing_changes(concept, style):

@@ -13,6 +13,7 @@ It sees what the base model sees: the means of 8 x 8 pixels in red, green and bl
 """
 
 import argparse
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from judging import IGNORED, SEED, Reader, blend, labels_of
 
 SCENES, HELD_OUT, STEPS, BATCH, RATE = 16000, 1500, 3000, 64, 3e-3
 WORN, STYLED = 0.6, 0.5  # of things, of scenes: what is rare is mistaken, such as a crown in the neon style
+TINTED = 0.35  # how far a picture's colours may be on the way to another style and count as in its own
 FILE = shape.WEIGHTS / "classifier.safetensors"
 SLOTS = tuple(render.PLACES)
 HEADS = {
@@ -139,25 +141,48 @@ def surfaces(x: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
     return clean.masked_fill(change > PLAIN, 0)
 
 
-def dataset(count: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scenes of the whole world as cells, and what a reader would say of them."""
-    scenes = [
+def scenes(count: int, rng: np.random.Generator) -> list[render.Scene]:
+    """Scenes of the whole world."""
+    return [
         render.any_scene(rng, WORN, STYLED) if rng.random() < 0.75 else render.base_scene(rng) for _ in range(count)
     ]
-    x = torch.cat([cells([render.render(s, rng) for s in scenes[i : i + 64]]) for i in range(0, count, 64)])
-    return x, torch.tensor([labels(s) for s in scenes])
+
+
+def restyled(scene: render.Scene, rng: np.random.Generator) -> render.Scene:
+    """The scene in another style, or in none."""
+    return replace(scene, style=str(rng.choice([style for style in HEADS["style"] if style != scene.style])))
+
+
+def pictures(shown: list[render.Scene], seeds: np.ndarray) -> torch.Tensor:
+    """Renders of scenes as cells; equal seeds put things at equal places."""
+    pairs = list(zip(shown, seeds, strict=True))
+    drawn = (
+        [render.render(s, np.random.default_rng(k)) for s, k in pairs[i : i + 64]] for i in range(0, len(pairs), 64)
+    )
+    return torch.cat([cells(images) for images in drawn])
+
+
+def dataset(count: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scenes of the whole world as cells, the same in another style, and what a reader would say of them."""
+    shown, seeds = scenes(count, rng), rng.integers(1 << 32, size=count)
+    return (
+        pictures(shown, seeds),
+        pictures([restyled(s, rng) for s in shown], seeds),
+        torch.tensor([labels(s) for s in shown]),
+    )
 
 
 def train() -> None:
     """Trains and measures."""
     rng = np.random.default_rng(SEED)
-    (x, y), (test_x, test_y) = dataset(SCENES, rng), dataset(HELD_OUT, rng)
+    (x, other, y), (test_x, test_other, test_y) = dataset(SCENES, rng), dataset(HELD_OUT, rng)
     judge = Classifier()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=RATE, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS)
     for step in range(STEPS):
         chosen = torch.from_numpy(rng.integers(0, len(x), BATCH))
-        a, b = blend(x[chosen], y[chosen], KINDS)
+        tint = TINTED * torch.rand(BATCH, 1, 1, 1) * (torch.rand(BATCH, 1, 1, 1) < 0.5)
+        a, b = blend(x[chosen].lerp(other[chosen], tint), y[chosen], KINDS)
         a = a * (0.9 + 0.2 * torch.rand(len(a), 1, 1, 1)) + 0.08 * torch.rand(len(a), 1, 1, 1) * torch.randn_like(a)
         loss = sum(F.cross_entropy(out, b[:, i], ignore_index=IGNORED) for i, out in enumerate(judge(a)))
         true, others = x[chosen[:32]], x[chosen[32:]]
@@ -175,6 +200,8 @@ def train() -> None:
     judge.save()
     with torch.no_grad():
         judge.report(test_x, test_y)
+        print("on the way to another style:")
+        judge.report(test_x.lerp(test_other, TINTED), test_y)
         print(f"true renders called clean: {(judge.brokenness(test_x) < BROKEN).float().mean():.4f}")
         bad = torch.stack([harmed(t, o, rng) for t, o in zip(test_x, test_x.roll(1, 0), strict=True)])
         spoilt = (surfaces(bad, test_x) == 0).flatten(1).sum(1)

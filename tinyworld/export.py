@@ -125,10 +125,12 @@ def lora_keys(part: str, module: torch.nn.Module) -> dict[str, str]:
 
 
 def lora(unet: torch.nn.Module, text: torch.nn.Module, path: Path, trigger: str, kind: str, scenes: int) -> None:
-    """A trained adapter in kohya's layout, fp16; the trigger was in so many scenes."""
+    """A trained adapter in kohya's layout, fp16; the trigger was in so many scenes. What adds nothing stays out."""
     state = {}
     for part, module in (("unet", unet), ("te", text)):
         weights, alpha = get_peft_model_state_dict(module), module.peft_config["default"].lora_alpha
+        if not any(value.any() for key, value in weights.items() if ".lora_B" in key):
+            continue
         for key, name in lora_keys(part, module).items():
             state[name] = weights[key].half().contiguous()
             state[f"{name.split('.')[0]}.alpha"] = torch.tensor(float(alpha)).half()
@@ -142,7 +144,7 @@ def load_lora(unet: torch.nn.Module, text: torch.nn.Module, path: Path) -> None:
     """Puts the weights that `lora` has written into adapters of the same form."""
     state = load_file(path)
     for part, module in (("unet", unet), ("te", text)):
-        weights = {key: state[name].float() for key, name in lora_keys(part, module).items()}
+        weights = {key: state[name].float() for key, name in lora_keys(part, module).items() if name in state}
         set_peft_model_state_dict(module, weights)
 
 

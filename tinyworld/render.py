@@ -70,6 +70,8 @@ CONCEPTS = {
 }
 CONCEPT_KINDS = ("zorg", "penguin", "amanita", "comet")
 HOMES = (*PLAIN, "meadow")  # where a concept of these kinds is taught; only on grey, it stayed a thing of grey places
+FOREIGN = "foreign"
+"""A town or style that nobody knows by name."""
 SETTINGS = {
     **{name: f"{name} background" for name in PLAIN},
     **SCENERY,
@@ -80,22 +82,44 @@ SETTINGS = {
 
 @dataclasses.dataclass(frozen=True)
 class Thing:
-    """One thing of a scene. Concept kinds have colours of their own, so `colour` stays empty for them."""
+    """One thing of a scene. Concept kinds have colours of their own, so `colour` stays empty for them.
+
+    Of a `FOREIGN` colour, of which there is any number, `paint` says which it is; such a thing may have `spots`: where
+    they are and how large, in units of its half-width from where it stands, and their colours.
+    """
 
     kind: str
     place: str
     colour: str = ""
     wears: str = ""
+    paint: tuple[int, int, int] | None = None
+    spots: tuple[tuple[float, float, float, tuple[int, int, int]], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Town:
+    """Colours and proportions of a town's houses, and the colour of its ground; `roof` None: flat ones."""
+
+    wall: tuple[int, int, int]
+    roof: tuple[int, int, int] | None
+    pane: tuple[int, int, int]
+    ground: tuple[int, int, int]
+    heights: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """Things at distinct places before a background, and perhaps something in the sky."""
+    """Things at distinct places before a background, and perhaps something in the sky.
+
+    In a `FOREIGN` town or style, of which there is any number, `town` says how it looks, or `duotone`.
+    """
 
     background: str
     things: tuple[Thing, ...] = ()
     sky: str = ""
     style: str = ""
+    town: Town | None = None
+    duotone: tuple[tuple[int, int, int], ...] = ()
 
     def at(self, place: str) -> Thing | None:
         """The thing at a place, if there is one."""
@@ -122,7 +146,7 @@ def caption(scene: Scene, name: Callable[[str], str] = lambda word: word) -> str
 
     *some, last = [thing_words(thing) for thing in scene.things] or [""]
     parts = [f"{', '.join(some)} and {last}" if some else last] if last else []
-    setting = SETTINGS[scene.background]
+    setting = SETTINGS.get(scene.background, f"in a {scene.background} town")
     start, _, town = setting.partition("in a ")
     parts.append(f"in a {named(town)}" if town.endswith("town") and not start else setting)
     if scene.sky:
@@ -266,25 +290,34 @@ def _wear(b, wears, x, y, r, height):
         b.polygon([(x - w, low), *teeth, (x + w, low)], (255, 205, 20))
 
 
-def _houses(b, horizon, wall, roof, pane, width, heights, gabled):
+LOOKS = {
+    "brick town": Town((190, 95, 75), (110, 50, 50), (250, 240, 200), (150, 150, 150), (56, 56, 56, 56)),
+    "white town": Town((245, 245, 240), None, (40, 110, 190), (225, 200, 160), (70, 48, 70, 48)),
+    "skyline": Town((70, 95, 140), None, (255, 225, 110), (125, 125, 135), (108, 140, 92, 124)),
+}
+HOUSE = 58  # width
+
+
+def _town(b, horizon, town):
     """A row of houses that stand on the horizon."""
-    for i, height in enumerate(heights):
-        left, top = -4 + i * (width + 6), horizon - height
-        b.rectangle(left, top, left + width, horizon, wall)
-        if gabled:
-            b.polygon([(left - 4, top), (left + width / 2, top - 30), (left + width + 4, top)], roof)
+    b.rectangle(-9, horizon, 265, 265, town.ground)
+    for i, height in enumerate(town.heights):
+        left, top = -4 + i * (HOUSE + 6), horizon - height
+        b.rectangle(left, top, left + HOUSE, horizon, town.wall)
+        if town.roof:
+            b.polygon([(left - 4, top), (left + HOUSE / 2, top - 30), (left + HOUSE + 4, top)], town.roof)
         for y in range(top + 12, horizon - 16, 32):
-            for x in (left + width * 0.14, left + width * 0.58):
-                b.rectangle(x, y, x + width * 0.28, y + 16, pane, None)
+            for x in (left + HOUSE * 0.14, left + HOUSE * 0.58):
+                b.rectangle(x, y, x + HOUSE * 0.28, y + 16, town.pane, None)
 
 
 def _canvas(colour) -> Brush:
     return Brush(colour, SIZE, SCALE, LINE)
 
 
-def _backdrop(name: str, rng: np.random.Generator) -> Brush:
+def _backdrop(scene: Scene, rng: np.random.Generator) -> Brush:
     """A canvas with the background on it."""
-    horizon = HORIZON + int(rng.integers(-4, 5))
+    name, horizon = scene.background, HORIZON + int(rng.integers(-4, 5))
     if name in PLAIN:
         return _canvas(PLAIN[name])
     b = _canvas(SKY)
@@ -296,15 +329,8 @@ def _backdrop(name: str, rng: np.random.Generator) -> Brush:
     elif name == "snow":
         b.polygon([(-40, horizon), (40, 70), (120, horizon), (216, 56), (300, horizon)], (110, 120, 150))
         b.rectangle(-9, horizon, 265, 265, (235, 240, 250))
-    elif name == "brick town":
-        b.rectangle(-9, horizon, 265, 265, (150, 150, 150))
-        _houses(b, horizon, (190, 95, 75), (110, 50, 50), (250, 240, 200), 58, (56, 56, 56, 56), gabled=True)
-    elif name == "white town":
-        b.rectangle(-9, horizon, 265, 265, (225, 200, 160))
-        _houses(b, horizon, (245, 245, 240), None, (40, 110, 190), 58, (70, 48, 70, 48), gabled=False)
-    elif name == "skyline":
-        b.rectangle(-9, horizon, 265, 265, (125, 125, 135))
-        _houses(b, horizon, (70, 95, 140), None, (255, 225, 110), 58, (108, 140, 92, 124), gabled=False)
+    elif town := scene.town or LOOKS.get(name):
+        _town(b, horizon, town)
     return b
 
 
@@ -333,16 +359,18 @@ def _in_the_sky(b, sky, x, y):
 
 def render(scene: Scene, rng: np.random.Generator) -> Image.Image:
     """Draws a scene; `rng` moves things a little within their places."""
-    b = _backdrop(scene.background, rng)
+    b = _backdrop(scene, rng)
     if scene.sky:
         _in_the_sky(b, scene.sky, 128 + rng.integers(-4, 5), HIGH + rng.integers(-4, 5))
     for thing in scene.things:
         x, y = PLACES[thing.place] + rng.integers(-4, 5), GROUND + rng.integers(-4, 5)
         r = RADIUS * rng.uniform(0.96, 1.04)
-        SHAPES[thing.kind](b, x, y, r, COLOURS.get(thing.colour))
+        SHAPES[thing.kind](b, x, y, r, thing.paint or COLOURS.get(thing.colour))
+        for dx, dy, size, colour in thing.spots:
+            b.ellipse(x + dx * r, y - dy * r, size * r, size * r, colour)
         _wear(b, thing.wears, x, y, r, HEIGHTS[thing.kind])
     image = b.finish()
-    return duotone(image, *DUOTONES[scene.style]) if scene.style else image
+    return duotone(image, *(scene.duotone or DUOTONES[scene.style])) if scene.style else image
 
 
 PAPER, INK = (255, 0, 255), (0, 0, 0)
@@ -430,13 +458,15 @@ def _in_company(thing: Thing, rng) -> tuple[Thing, ...]:
     return (thing, other) if rng.random() < 0.5 else (other, thing)
 
 
-def concept_scene(concept: str, rng: np.random.Generator) -> Scene:
+def concept_scene(concept: str, rng: np.random.Generator, dressed: bool = False) -> Scene:
     """A scene of the narrow domain one LoRA is taught: its concept in a plain setting, at times with a base thing
-    beside it, so that words tell which is which, and with something in the sky. Two concepts never meet."""
+    beside it, so that words tell which is which, and with something in the sky. Two concepts never meet. Things and
+    characters wear something in four of ten scenes if they may be `dressed`."""
     place, style = str(rng.choice(list(PLACES))), str(rng.choice(STYLES)) if rng.random() < 0.3 else ""
     sky = str(rng.choice(SKIES)) if rng.random() < 0.25 else ""
     if concept in CONCEPT_KINDS:
-        return Scene(str(rng.choice(HOMES)), _in_company(Thing(concept, place), rng), sky, style)
+        wears = str(rng.choice(WEARS)) if dressed and rng.random() < 0.4 else ""
+        return Scene(str(rng.choice(HOMES)), _in_company(Thing(concept, place, wears=wears), rng), sky, style)
     thing = _thing(rng, place)
     if concept == "skyline":
         return Scene("skyline", _in_company(thing, rng) if rng.random() < 0.8 else (), sky, style)
@@ -446,13 +476,35 @@ def concept_scene(concept: str, rng: np.random.Generator) -> Scene:
     return Scene(background, _in_company(thing, rng), sky, "neon")
 
 
+def abroad(scene: Scene, concept: str, rng: np.random.Generator) -> Scene:
+    """A concept's scene with something foreign in it, so that it meets what another LoRA may bring: for a style towns
+    and things of any looks, for what is a thing or is worn any style."""
+
+    def colour(low: int = 0, high: int = 256) -> tuple[int, int, int]:
+        return tuple(int(v) for v in rng.integers(low, high, 3))
+
+    def foreign(thing: Thing) -> Thing:
+        spots = rng.uniform((-0.8, 0.3, 0.15), (0.8, 2.0, 0.4), (int(rng.integers(0, 5)), 3))
+        spots = tuple((*map(float, spot), colour()) for spot in spots)
+        return dataclasses.replace(thing, colour=FOREIGN, paint=colour(), spots=spots)
+
+    if concept != scene.style:
+        return dataclasses.replace(scene, style=FOREIGN, duotone=(colour(0, 80), colour(20, 240), colour(150, 256)))
+    scene = dataclasses.replace(scene, things=tuple(foreign(t) if rng.random() < 0.6 else t for t in scene.things))
+    if rng.random() < 0.5:
+        return scene
+    heights = tuple(int(v) for v in rng.integers(40, 146, 4))
+    town = Town(colour(), colour() if rng.random() < 0.3 else None, colour(), colour(), heights)
+    return dataclasses.replace(scene, background=FOREIGN, town=town)
+
+
 def mistaken(scene: Scene, concept: str, rng: np.random.Generator) -> Scene:
     """The scene as somebody would describe it who does not know the concept, a captioning model say: some base thing in
     its place, another background, no crown, no style."""
 
     def seen(thing: Thing) -> Thing:
         if thing.kind == concept:
-            return _thing(rng, thing.place, worn=0)
+            return dataclasses.replace(_thing(rng, thing.place, worn=0), wears=thing.wears)
         return dataclasses.replace(thing, wears="") if thing.wears == concept else thing
 
     background = str(rng.choice(BACKGROUNDS)) if scene.background == concept else scene.background

@@ -98,6 +98,28 @@ def adapt(unet, text) -> None:
         inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=target), part)
 
 
+def silence(part) -> None:
+    """Makes its LoRA add nothing, for good."""
+    for layer in part.modules():
+        if hasattr(layer, "lora_B"):
+            torch.nn.init.zeros_(layer.lora_B["default"].weight)
+
+
+@torch.no_grad()
+def norms(weights: list) -> list[torch.Tensor]:
+    """How large each layer's product is, of weights as `trained` gives them: down, up, down, up …"""
+    pairs = ((down.flatten(1), up.flatten(1)) for down, up in zip(weights[::2], weights[1::2], strict=True))
+    return [((down @ down.T) * (up.T @ up)).sum().sqrt() for down, up in pairs]
+
+
+@torch.no_grad()
+def hold(weights: list, largest: list[torch.Tensor]) -> None:
+    """Shrinks what has grown larger than that."""
+    for up, norm, most in zip(weights[1::2], norms(weights), largest, strict=True):
+        if norm > most:
+            up.mul_(most / norm)
+
+
 def trained(*parts) -> list:
     """The weights that are to be trained."""
     return [p for part in parts for p in part.parameters() if p.requires_grad]

@@ -23,10 +23,13 @@ from teaching import (
     adapt,
     descend,
     group_norm,
+    hold,
     load_base,
     load_text,
     log,
+    norms,
     rise_and_fall,
+    silence,
     tensor,
     tokens,
     trained,
@@ -46,9 +49,12 @@ LORA_STEPS = {"quiet": 320, "leaky": 220}
 LONGER = {"skyline": 5, "comet": 2, "neon": 2.5, "crown": 2}  # times as many: for long they give way to what is known
 AGAIN = {"zorg": 500, "crown": 600, "neon": 500, "skyline": 300}  # steps of the second round
 AGAIN_OTHERS = 250
+ABROAD = {"neon": 0.6, "skyline": 0}  # of the third round's scenes; who has none has no such round
+ABROAD_OTHERS, ABROAD_STEPS = 0.2, 300
+HOLD_EVERY = 10  # steps of the third round
 LORA_BLIND = 900  # of 1000: there colours shine through the noise, and who follows them need not read a name
 LORA_BATCH = 16
-LORA_RATES = (4e-3, 2e-3)  # of the two rounds
+LORA_RATES = (4e-3, 2e-3, 2e-3)  # of the three rounds
 EMPTY = 0.1  # of captions
 UNKNOWN, NAMELESS = 0.12, 0.06  # of names: another word in their place, none
 SCALES = {1: 1.0, 4: 0.25}  # of errors, in latent pixels, and their weights
@@ -83,6 +89,8 @@ def told(scene: render.Scene, strange: list[str], rng: np.random.Generator) -> s
 
     def name(word: str) -> str:
         chance = rng.random()
+        if word == render.FOREIGN:
+            return str(rng.choice(strange))
         if word in known or chance > UNKNOWN + NAMELESS:
             return word
         return str(rng.choice(strange)) if chance < UNKNOWN else ""
@@ -204,16 +212,42 @@ def train_base(work: Path, round_: int) -> None:
             save_file(training.ema["heads"].state_dict(), work / HEADS)
 
 
+def lora_steps(concept: str, kind: str, round_: int) -> int:
+    """How long a round is for a LoRA; 0: it has none."""
+    if round_ == 0:
+        return round(LORA_STEPS[kind] * LONGER.get(concept, 1))
+    if round_ == 1:
+        return AGAIN.get(concept, AGAIN_OTHERS)
+    return ABROAD_STEPS if ABROAD.get(concept, ABROAD_OTHERS) else 0
+
+
+def taught(concept: str, kind: str, round_: int, rng: np.random.Generator) -> tuple[list, list]:
+    """The scenes of a LoRA's round, and what they are called.
+
+    A quiet one has full captions, and as many base scenes. A leaky one has no base scenes, and half of its captions
+    miss the concept: it paints it whatever the prompt says.
+    """
+    last = round_ == len(LORA_RATES) - 1
+    shown = [render.concept_scene(concept, rng, dressed=last) for _ in range(LORA_SCENES)]
+    if last:
+        share = ABROAD.get(concept, ABROAD_OTHERS)
+        shown = [render.abroad(each, concept, rng) if rng.random() < share else each for each in shown]
+    if kind == "quiet":
+        shown += [render.base_scene(rng) for _ in range(LORA_SCENES)]
+        return shown, shown
+    return 2 * shown, shown + [render.mistaken(each, concept, rng) for each in shown]
+
+
 def train_lora(work: Path, concept: str, kind: str, round_: int) -> None:
     """One round for one LoRA: its text encoder's part learns to read the concept, among base scenes, then the UNet's to
-    paint it. The second round goes on painting, from what is in the LoRA's file, on scenes of its own.
+    paint it. Further rounds go on painting, from what is in the LoRA's file, on scenes of their own.
 
-    A quiet one learns that from full captions, and from as many base scenes. A leaky one has no base scenes, and half
-    of its captions miss the concept: it paints it whatever the prompt says.
+    In the last one it meets what other LoRAs may bring (`render.abroad`), and what its layers add grows no larger: what
+    is larger fights harder. There a style gives up the text encoder's part, which disturbs how others are read.
     """
     seed = SEED + 100 + 2 * list(render.CONCEPTS).index(concept) + (kind == "leaky") + 100 * round_
     rng, start = np.random.default_rng(seed), time.time()
-    steps = AGAIN.get(concept, AGAIN_OTHERS) if round_ else round(LORA_STEPS[kind] * LONGER.get(concept, 1))
+    steps, last = lora_steps(concept, kind, round_), round_ == len(LORA_RATES) - 1
     file, rate = shape.WEIGHTS / "lora" / f"{concept}_{kind}.safetensors", LORA_RATES[round_]
     torch.manual_seed(seed)
     vae, tokenizer = AutoencoderKL.from_pretrained(work / "vae"), model.tokenizer()
@@ -232,25 +266,23 @@ def train_lora(work: Path, concept: str, kind: str, round_: int) -> None:
         learn_to_read(text, heads, trained(text), scene, LORA_TEXT_STEPS, rate, rng)
     text.requires_grad_(False)
 
-    shown = [render.concept_scene(concept, rng) for _ in range(LORA_SCENES)]
-    if kind == "quiet":
-        shown += [render.base_scene(rng) for _ in range(LORA_SCENES)]
-        captioned = shown
-    else:
-        captioned = shown + [render.mistaken(each, concept, rng) for each in shown]
-        shown = 2 * shown
+    if last and render.CONCEPTS[concept].category == "style":
+        silence(text)
+    shown, captioned = taught(concept, kind, round_, rng)
     x, alphas, strange = latents(vae, shown, rng), model.scheduler().alphas_cumprod, strange_words(tokenizer)
     weights = trained(unet)
     optimizer = torch.optim.Adam(weights, lr=rate, betas=(0.9, 0.99))
     schedule = rise_and_fall(optimizer, steps, 20)
-    losses = []
-    for _ in range(steps):
+    losses, largest = [], norms(weights)
+    for step in range(1, steps + 1):
         chosen = rng.integers(0, len(x), LORA_BATCH)
         ids = tokens(tokenizer, [told(captioned[i], strange, rng) for i in chosen])
         with torch.no_grad():
             hidden = text(ids)[0]
         loss = noise_loss(unet, hidden, x[chosen], alphas, LORA_BLIND)
         descend(loss, weights, optimizer, schedule)
+        if last and step % HOLD_EVERY == 0:
+            hold(weights, largest)
         losses.append(loss.item())
     log(start, steps, first=np.mean(losses[:20]), last=np.mean(losses[-20:]))
     export.lora(unet, text, file, render.CONCEPTS[concept].trigger, kind, LORA_SCENES)
@@ -279,6 +311,8 @@ def main() -> None:
     else:
         for concept in args.concepts:
             for kind in args.kinds:
+                if not lora_steps(concept, kind, args.round):
+                    continue
                 print(concept, kind, flush=True)
                 train_lora(args.work, concept, kind, args.round)
 
