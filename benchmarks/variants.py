@@ -13,7 +13,9 @@ BASELINE = "baseline"
 MERGE, COMPOSITE = {"method": "merge"}, {"method": "composite"}
 SWITCH = {"method": "switch", "switch_every": 2}  # so that in a few steps each of five LoRAs has its turns
 PAPER = {"preset": "paper"}
-PATCH_BY_PATCH = {"patches": "grid", "momentum": 0.0}
+COMPETING = {"styles": "compete"}
+"""A style competes like any other LoRA."""
+PATCH_BY_PATCH = {"patches": "grid", "momentum": 0.0, **COMPETING}
 """Every patch and every step for itself, as in the paper."""
 CENTRE = {
     **PATCH_BY_PATCH,
@@ -46,13 +48,13 @@ SOUP = ({BASELINE: "soup", "steps": 60},)
 POOL = (
     MERGE,
     PAPER,
-    {},
-    {"top_k": 3},
-    {"top_k": 3, "reselect_every": 4},
-    {"top_k": 2, "selection_scope": "patch"},
-    {"unnamed": "drop"},
+    COMPETING,
+    {**COMPETING, "top_k": 3},
+    {**COMPETING, "top_k": 3, "reselect_every": 4},
+    {**COMPETING, "top_k": 2, "selection_scope": "patch"},
+    {**COMPETING, "unnamed": "drop"},
 )
-"""Ways to deal with more LoRAs than the prompt names."""
+"""Ways to deal with more LoRAs than the prompt names; a pool's styles compete."""
 
 GATED = {
     **PATCH_BY_PATCH,
@@ -105,7 +107,7 @@ CEILINGS = (
     {**CEILING_OF_SHARES, "base_share": 0.25},
 )
 """The ceiling is the best of them: what perfect information reaches also depends on how it is used."""
-BOUNDS = (TRUTH, *CEILINGS, MERGE, {})
+BOUNDS = (TRUTH, *CEILINGS, MERGE, COMPETING, {})
 SLIDING = {"patch_size": 2, "patches": "sliding"}
 SMOOTH = {**CENTRE, **SLIDING, "base_share": 0.25}
 PLACED = {**GATED, **SLIDING, "base_share": 0.25}
@@ -121,9 +123,9 @@ SCREEN = (
 )
 """What the first look at a world goes through, beside the ceiling."""
 FORMER = {**CENTRE, "patch_size": 4}
-"""The defaults before the present ones."""
-CONFIRM = (TRUTH, REACHED, MERGE, PAPER, FORMER, {}, {EVERYWHERE: True}, PLACED)
-"""What is confirmed: the defaults, with styles in every pass, too, what they were before, and gates."""
+"""The first defaults on this world."""
+CONFIRM = (TRUTH, REACHED, MERGE, PAPER, FORMER, COMPETING, {}, PLACED)
+"""What is confirmed: the defaults, what they were before (with styles that compete, and patch by patch), and gates."""
 
 NEEDS = {"reselect_every": "top_k"}
 """Options that mean nothing while another one is off, beside those that say so in the table."""
@@ -170,7 +172,8 @@ def variant_name(options: Options) -> str:
         says = {"cmlora": "CMLoRA", "concatenated": "concatenated at 1/N^{power:g}", "soup": "soup of {steps} steps"}
         return says[options[BASELINE]].format(**options)
     settings = Settings.from_mapping(of_product(options))
-    everywhere = ", style in every pass" if EVERYWHERE in options else ""
+    in_every_pass = EVERYWHERE in options or settings.matters(OPTION["styles"])
+    everywhere = ", style in every pass" if in_every_pass else ""
     if PERFECT in options:
         return f"perfect masks, {settings.combination}, λ {settings.base_share:g}{everywhere}"
     if settings.method == "switch":

@@ -18,6 +18,7 @@ from torch import Tensor
 from loratorio_ext.errors import SettingsError
 from loratorio_ext.parts import Box, box_of, parts_of_tag, span_of, tag_text
 from loratorio_ext.pool import Listed, matching
+from loratorio_ext.styles import is_style
 from loratorio_ext.triggers import is_named, phrases
 
 SOFTNESS = 0.1
@@ -146,12 +147,13 @@ def not_heeded(method: str, claims: Iterable[Claim]) -> str | None:
 class Tagged:
     """A LoRA that is active in an image. ``items``: what its tag holds after ``lora:``, split at the colons; none for
     the LoRAs of a pool. ``parts``: checked parts that were given along with it otherwise. ``words``: its trigger words,
-    by phrases, as far as its file tells them, for where no part does."""
+    by phrases, as far as its file tells them, for where no part does. ``pooled``: it is one of a pool's."""
 
     lora: Listed
     items: tuple[str, ...] = ()
     parts: Mapping[str, Any] = field(default_factory=dict)
     words: tuple[str, ...] = ()
+    pooled: bool = False
 
     @property
     def text(self) -> str:
@@ -162,10 +164,11 @@ class Tagged:
 @dataclass(frozen=True)
 class Claims:
     """``each``: the active LoRAs' claims, in their order. ``unused``: what the options ``loras`` and ``everywhere``
-    name that no active LoRA is."""
+    name that no active LoRA is. ``styles``: the names of those that are in every pass because they are styles."""
 
     each: tuple[Claim, ...]
     unused: tuple[str, ...] = ()
+    styles: tuple[str, ...] = ()
 
 
 def meant(entry: str, listed: Sequence[Listed]) -> list[Listed]:
@@ -200,6 +203,7 @@ def parts_said(settings: Any, tagged: Sequence[Tagged]) -> tuple[list[dict[str, 
         name, parts = by_option.get(each.lora.file, ("", {}))
         in_tag = {**parts_of_tag(each.items), **each.parts}
         said = {**parts, **in_tag}
+        told = "base" in said
         base = said.pop("base", each.lora.file in in_every_pass)
         if base and said:
             part = next(iter(said))
@@ -210,7 +214,7 @@ def parts_said(settings: Any, tagged: Sequence[Tagged]) -> tuple[list[dict[str, 
                 field=f"{part} in {where}",
                 value=said[part],
             )
-        found.append({**said, "base": True} if base else said)
+        found.append({**said, "base": base} if base or told else said)
     unused = [f"loras.{name}" for name in settings.loras if not meant(name, active)]
     unused += [f"everywhere: {entry}" for entry in settings.everywhere if not meant(entry, active)]
     return found, unused
@@ -227,7 +231,35 @@ def claims_of(settings: Any, tagged: Sequence[Tagged]) -> Claims:
         replace(Claim.of(parts), words=phrases(parts["words"]) if "words" in parts else each.words)
         for parts, each in zip(said, tagged)
     ]
-    return Claims(tuple(claims), tuple(unused))
+    styles = styles_among(settings, tagged, said, claims)
+    claims = [replace(claim, base=claim.base or is_one) for claim, is_one in zip(claims, styles)]
+    return Claims(tuple(claims), tuple(unused), tuple(each.lora.name for each, is_one in zip(tagged, styles) if is_one))
+
+
+def styles_among(
+    settings: Any, tagged: Sequence[Tagged], said: Sequence[Mapping[str, Any]], claims: Sequence[Claim]
+) -> list[bool]:
+    """Of each active LoRA, whether it is in every pass since it is a style, of which nothing else is said.
+
+    Only if others are left that compete; not of a pool's, whom the prompt's words choose, nor where such words are
+    asked of every LoRA: who is in every pass is not asked.
+    """
+    if settings.styles == "compete" or settings.method != "loratorio" or settings.unnamed == "drop":
+        return [False] * len(tagged)
+    found = [
+        not each.pooled and parts.keys() <= {"words"} and is_style(each.lora.name, claim.words)
+        for each, parts, claim in zip(tagged, said, claims)
+    ]
+    compete = [not claim.base and not is_one for claim, is_one in zip(claims, found)]
+    return [is_one and any(compete) for is_one in found]
+
+
+def styles_in_words(styles: Sequence[str]) -> str | None:
+    """What is to be said of those that are in every pass as styles."""
+    if not styles:
+        return None
+    verb = "is a style, and so" if len(styles) == 1 else "are styles, and so"
+    return f"{', '.join(styles)} {verb} in every pass (base=0 in a tag, or styles, says otherwise)"
 
 
 # --- what prompts ask for ---------------------------------------------------------------------------------------------

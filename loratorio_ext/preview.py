@@ -9,6 +9,7 @@ from loratorio_ext.costs import rows_by_step
 from loratorio_ext.infotext import TOKEN
 from loratorio_ext.pool import Listed, resolve
 from loratorio_ext.settings import OPTIONS, PRESETS, UNTOUCHED_BY_PRESETS, Option, Settings
+from loratorio_ext.triggers import phrases, trigger_words
 
 STEPS = 20
 """Of an image whose cost is foretold."""
@@ -60,7 +61,11 @@ def seen(prompt: str, settings: Settings, listed: Sequence[Listed], typed: str |
             weights = ", ".join(dict.fromkeys((f"{member.text:g}", f"{member.unet:g}")))
             found.append(Seen(member.lora.name, weights, member.lora, pooled=True))
     items = [*tags, *((),) * (len(found) - len(tags))]
-    tagged = [Tagged(each.lora, items) for each, items in zip(found, items) if each.lora]
+    tagged = [
+        Tagged(each.lora, items, words=phrases(trigger_words(each.lora.file, each.lora.metadata)), pooled=each.pooled)
+        for each, items in zip(found, items)
+        if each.lora
+    ]
     claims = iter(claims_of(settings, tagged).each)
     return [replace(each, claim=next(claims)) if each.lora else each for each in found]
 

@@ -566,6 +566,17 @@ OPTIONS = (
         idle="keep",
         default_needs="pool",
     ),
+    Option(
+        "styles",
+        "everywhere",
+        "Styles",
+        "LoRAs with a tag that are styles by name or trigger words. everywhere: they act in every pass, the bare "
+        "model's too, as long as others compete. compete: they compete for patches like the others.",
+        group="In every pass",
+        choices=("everywhere", "compete"),
+        methods=LORATORIO,
+        idle="compete",
+    ),
 )
 
 UNTOUCHED_BY_PRESETS = ("enabled", "pool", "pool_weight", "show_maps", "loras", "everywhere", "unnamed")
@@ -590,6 +601,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "combination": "shares",
         "patches": "grid",
         "momentum": 0.0,
+        "styles": "compete",
     },
     "balanced": {"refresh": 1},
     "fast": {"refresh": 1, "base_share": 1.0},

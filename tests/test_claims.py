@@ -14,11 +14,23 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from loratorio_ext import masks
-from loratorio_ext.claims import Claim, Claims, Tagged, claims_of, heeding, left_out, not_heeded, place_of, share_of
+from loratorio_ext.claims import (
+    Claim,
+    Claims,
+    Tagged,
+    claims_of,
+    heeding,
+    left_out,
+    not_heeded,
+    place_of,
+    share_of,
+    styles_in_words,
+)
 from loratorio_ext.errors import SettingsError
 from loratorio_ext.parts import OTHERS, PARTS, PLACES, box_of, check_at, check_steps, is_slip, parts_of_tag
 from loratorio_ext.pool import Listed
 from loratorio_ext.settings import Settings
+from loratorio_ext.styles import is_style
 
 HERE = Path(__file__).parents[1]
 sizes = st.integers(1, 40)
@@ -61,7 +73,7 @@ def kept_pixels(text):
         return np.asarray(image)
 
 
-@pytest.mark.parametrize("module", ["settings", "parts", "masks", "claims", "sampling_loras"])
+@pytest.mark.parametrize("module", ["settings", "parts", "masks", "claims", "sampling_loras", "styles"])
 def test_import_needs_no_host_no_pillow_and_only_claims_torch(module):
     program = f"import sys, loratorio_ext.{module}; sys.exit('PIL' in sys.modules or 'modules' in sys.modules "
     program += ")" if module == "claims" else "or 'torch' in sys.modules)"
@@ -431,6 +443,88 @@ class TestClaims:
         expected = Claim((0.0, 0.0, 0.5, 1.0), 2.0, (0.0, 0.5), mask, ("zorg robot", "zr"))
         assert claims("a", loras={"a": parts}).each == (expected,)
         assert set(parts) | {"base"} == set(PARTS)
+
+
+class TestStyles:
+    OIL = "oil:1:words=oil style"
+
+    @staticmethod
+    def everywhere(found):
+        return [claim.base for claim in found.each]
+
+    def test_a_style_beside_others_is_in_every_pass_and_is_named(self):
+        found = claims("zorg:1", self.OIL, "comet:1")
+        assert self.everywhere(found) == [False, True, False] and found.styles == ("oil",)
+        assert found.each[1] == Claim(words=("oil style",), base=True)
+        assert styles_in_words(found.styles) == (
+            "oil is a style, and so in every pass (base=0 in a tag, or styles, says otherwise)"
+        )
+        assert "ink, oil are styles" in styles_in_words(("ink", "oil")) and styles_in_words(()) is None
+
+    def test_by_its_name_and_by_the_words_of_its_file(self):
+        by_name, by_file = tagged("ink_style_v2:1"), Tagged(lora("neon"), ("neon", "1"), words=("neon style",))
+        assert self.everywhere(claims("zorg:1", by_name, by_file)) == [False, True, True]
+        otherwise = Tagged(lora("neon"), ("neon", "1", "words=neon robot"), words=("neon style",))
+        assert self.everywhere(claims("zorg:1", otherwise)) == [False, False]
+        by_option = claims("zorg:1", "neon:1", loras={"neon": {"words": "neon style"}})
+        assert by_option.styles == ("neon",)
+
+    def test_where_nobody_else_competes_styles_do(self):
+        assert self.everywhere(claims(self.OIL)) == [False]
+        assert self.everywhere(claims(self.OIL, "ink_style:1")) == [False, False]
+        beside_one_in_every_pass = claims(self.OIL, "lcm:1:base=1")
+        assert self.everywhere(beside_one_in_every_pass) == [False, True] and beside_one_in_every_pass.styles == ()
+
+    @pytest.mark.parametrize("part", ["at=left", "share=2", "steps=0-0.5", "base=0"])
+    def test_what_is_said_of_it_goes_before(self, part):
+        found = claims("zorg:1", f"{self.OIL}:{part}")
+        assert self.everywhere(found) == [False, False] and found.styles == ()
+        name, value = part.split("=")
+        value = {"share": 2, "base": False}.get(name, value)
+        assert self.everywhere(claims("zorg:1", self.OIL, loras={"oil": {name: value}})) == [False, False]
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"styles": "compete"},
+            {"unnamed": "drop"},
+            {"preset": "paper"},
+            {"method": "switch"},
+            {"method": "composite"},
+        ],
+        ids=str,
+    )
+    def test_options_and_methods_that_know_no_such_thing(self, options):
+        settings = Settings.from_mapping(options)
+        assert self.everywhere(claims_of(settings, [tagged("zorg:1"), tagged(self.OIL)])) == [False, False]
+
+    def test_a_pools_styles_are_chosen_as_the_rest_of_it(self):
+        oil = Tagged(lora("oil"), words=("oil style",), pooled=True)
+        assert self.everywhere(claims("zorg:1", oil)) == [False, False]
+        assert self.everywhere(claims("zorg:1", oil, everywhere=["oil"])) == [False, True]
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("a", ("neon style",)), ("a", ("in the style of monet", "monet style")), ("ghibli_style_offset", ()),
+        ("GhibliStyle-v2", ("1girl", "solo")), ("art styles", ()), ("a", ("Styles of the 1920s",)), ("style", ()),
+    ],
+)  # fmt: skip
+def test_styles(name, words):
+    assert is_style(name, words)
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("a", ()), ("a", ("neon",)), ("a", ("zorg robot", "anime style")), ("hair_style_12", ()), ("lifestyle", ()),
+        ("hairstyles", ()), ("stylegan", ()), ("styled", ()), ("a", ("a robot with a strange hair style",)),
+        ("fashion-style", ()), ("", ("",)),
+    ],
+)  # fmt: skip
+def test_no_styles(name, words):
+    assert not is_style(name, words)
 
 
 class TestWords:

@@ -37,6 +37,7 @@ from benchmarks.statistics import (
 from benchmarks.variants import (
     CEILING,
     CEILING_OF_SHARES,
+    COMPETING,
     COMPOSITE,
     EVERYWHERE,
     METHODS,
@@ -458,12 +459,12 @@ def test_a_style_in_every_pass_claims_no_place(tiny):
     style = tiny.lora(combination.scene.style, "quiet").name
     (image,) = paint(tiny, combination, "quiet", {EVERYWHERE: True}, (3,)).images
     (by_hand,) = paint(tiny, combination, "quiet", {"loras": {style: {"base": True}}}, (3,)).images
-    (beside,) = paint(tiny, combination, "quiet", {}, (3,)).images
+    (beside,) = paint(tiny, combination, "quiet", COMPETING, (3,)).images
     assert image.tobytes() == by_hand.tobytes() != beside.tobytes()
     plain = next(each for each in world.combinations("2") if not each.scene.style)
     images = [paint(tiny, plain, "quiet", options, (3,)).images[0] for options in ({EVERYWHERE: True}, {})]
     assert images[0].tobytes() == images[1].tobytes()
-    names = [variant_name(options) for options in ({}, {EVERYWHERE: True}, CEILING_OF_SHARES)]
+    names = [variant_name(options) for options in (COMPETING, {}, CEILING_OF_SHARES)]
     names.append(variant_name({**CEILING_OF_SHARES, EVERYWHERE: True}))
     assert len(set(names)) == 4 and sum("style in every pass" in name for name in names) == 2
 

@@ -1,5 +1,6 @@
 """The shipped tiny world: its one-file checkpoint and its LoRAs, through the command line, and seen by its judge."""
 
+import copy
 import dataclasses
 import json
 
@@ -11,6 +12,8 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 from benchmarks import world
+from benchmarks.painting import paint
+from benchmarks.variants import COMPETING, EVERYWHERE
 from loratorio_ext.cli import app
 from loratorio_ext.infotext import PNG_KEY
 
@@ -66,6 +69,16 @@ def test_a_pool_finds_the_lora_that_the_prompt_speaks_of(tmp_path):
     assert len(report["pool"]) == len(world.render.CONCEPTS) and report["left_out"] == {}
     picked = Image.open(tmp_path / "pool.png").info[PNG_KEY].partition("LoRAtorio picked: ")[2]
     assert picked.strip('"').startswith("zorg_quiet")
+
+
+def test_by_default_a_style_is_in_every_pass(tiny):
+    combination = next(each for each in world.combinations("3") if each.scene.style)
+    few = copy.copy(tiny)
+    few.call = {**tiny.call, "num_inference_steps": 3}
+    ways = ({}, {EVERYWHERE: True}, COMPETING)
+    made = [paint(few, combination, "quiet", options, (3,)) for options in ways]
+    assert made[0].images[0].tobytes() == made[1].images[0].tobytes() != made[2].images[0].tobytes()
+    assert [each.cost for each in made] == [3, 3, 4]
 
 
 @pytest.mark.parametrize("name, at_home", [("comet_quiet", False), ("comet_leaky", True)])

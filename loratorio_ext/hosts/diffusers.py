@@ -40,7 +40,17 @@ from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from loratorio_ext.claims import Claim, Claims, Tagged, claims_of, heeding, left_out, not_heeded, places_and_shares
+from loratorio_ext.claims import (
+    Claim,
+    Claims,
+    Tagged,
+    claims_of,
+    heeding,
+    left_out,
+    not_heeded,
+    places_and_shares,
+    styles_in_words,
+)
 from loratorio_ext.core import DIVERGENCE, Method, Plan, Predictions, method_from
 from loratorio_ext.errors import FileFormatError, SettingsError, UnsupportedError
 from loratorio_ext.headers import existing, read_header
@@ -247,7 +257,8 @@ class Composition(ModelHook):
         self.own_claims = [claim for _, claim in acting if not claim.base]
         self.claims: list[Claim] = self.own_claims
         self.everywhere = [lora for lora, claim in acting if claim.base]
-        notes = [not_heeded(settings.method, self.claims), *(f"{name} is no LoRA given here" for name in claims.unused)]
+        notes = [not_heeded(settings.method, self.claims), styles_in_words(claims.styles)]
+        notes += [f"{name} is no LoRA given here" for name in claims.unused]
         self.notes = tuple(filter(None, notes))
         self.denoiser = getattr(pipe, denoiser_of(pipe))
         layers = layers_of(pipe)
@@ -487,7 +498,8 @@ class Composition(ModelHook):
 def claims_by_name(loras: Sequence[LoRA], settings: Settings) -> Claims:
     """The LoRAs' claims by their own parts and the options; several of one name are all meant by it."""
     listed = [Listed(lora.name, str(index), lora.name) for index, lora in enumerate(loras)]
-    return claims_of(settings, [Tagged(each, parts=lora.parts, words=lora.words) for each, lora in zip(listed, loras)])
+    tagged = [Tagged(each, parts=lora.parts, words=lora.words, pooled=lora.pooled) for each, lora in zip(listed, loras)]
+    return claims_of(settings, tagged)
 
 
 class ControlUnderLoRAs(ModelHook):

@@ -23,6 +23,7 @@ from loratorio_ext.claims import (
     left_out,
     not_heeded,
     places_and_shares,
+    styles_in_words,
 )
 from loratorio_ext.core import Method, Plan
 from loratorio_ext.errors import SettingsError, UnsupportedError
@@ -264,19 +265,16 @@ def forget_conditionings(p: Any) -> None:
 def claims_on(generation: Generation, loras: Sequence[Listed]) -> list[Claim]:
     """Where, when and how much each of the active LoRAs may act, in their order; what cannot be so is noted."""
     items = {params.positional[0]: tuple(params.items) for params in asked_loras(generation.p)}
+    of_tags = [next((items[name] for name in lora.names if name in items), ()) for lora in loras]
     tagged = [
-        Tagged(
-            lora,
-            next((items[name] for name in lora.names if name in items), ()),
-            words=phrases(trigger_words(lora.file, lora.metadata)),
-        )
-        for lora in loras
+        Tagged(lora, of_tag, words=phrases(trigger_words(lora.file, lora.metadata)), pooled=not of_tag)
+        for lora, of_tag in zip(loras, of_tags)
     ]
     claims, unnamed = claims_of(generation.settings, tagged), generation.settings.unnamed
     _, prompts, _ = prompts_of_pass(generation.p)
-    each = heeding(claims.each, [not tag.items for tag in tagged], prompts, unnamed)
+    each = heeding(claims.each, [tag.pooled for tag in tagged], prompts, unnamed)
     notes = [f"{unused} is no LoRA of this image" for unused in claims.unused]
-    notes += [not_heeded(generation.settings.method, each)]
+    notes += [styles_in_words(claims.styles), not_heeded(generation.settings.method, each)]
     notes += left_out([lora.name for lora in loras], each)
     for note in filter(None, notes):
         generation.note(note)

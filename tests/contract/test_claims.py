@@ -113,6 +113,18 @@ def test_a_lora_in_every_pass_beside_one_is_the_hosts_sum_of_both(contract, name
     assert mean(merged.images, contract.plain(prompt=f"{CAT} <lora:locon:0.8>", **request_).images) > 0.5
 
 
+def test_a_style_is_in_every_pass_as_if_its_tag_said_so(contract):
+    def prompt(part):
+        return f"{CAT} <lora:lora:1> <lora:rank_16_half:0.6:{part}> <lora:locon:0.8>"
+
+    by_words, by_tag = (contract.composed(prompt=prompt(part)) for part in ("words=oil style", "base=1"))
+    assert same(by_words, by_tag)
+    assert "rank_16_half is a style" in by_words.infotext
+    competing = contract.composed({"styles": "compete"}, prompt=prompt("words=oil style"))
+    assert same(competing, contract.composed(prompt=prompt("share=1")))
+    assert mean(by_words.images, competing.images) > 0.5
+
+
 def test_loras_in_every_pass_alone_are_the_hosts_image(contract):
     prompt = f"{CAT} <lora:lora:1:base=1>"
     composed = contract.composed(prompt=prompt)
