@@ -247,7 +247,7 @@ def styles_among(
     if settings.styles == "compete" or settings.method != "loratorio" or settings.unnamed == "drop":
         return [False] * len(tagged)
     found = [
-        not each.pooled and parts.keys() <= {"words"} and is_style(each.lora.name, claim.words)
+        not each.pooled and parts.keys() <= {"words"} and is_style(each.lora.path, claim.words)
         for each, parts, claim in zip(tagged, said, claims)
     ]
     compete = [not claim.base and not is_one for claim, is_one in zip(claims, found)]

@@ -47,6 +47,12 @@ def weights_of(items: Sequence[str]) -> str:
     return ", ".join(dict.fromkeys(weights))
 
 
+def tagged_as(each: Seen, items: tuple[str, ...]) -> Tagged:
+    """A LoRA that was found, with its trigger words, which are read from files, unless nothing here asks for them."""
+    words = () if each.pooled else phrases(trigger_words(each.lora.file, each.lora.metadata))
+    return Tagged(each.lora, items, words=words, pooled=each.pooled)
+
+
 def seen(prompt: str, settings: Settings, listed: Sequence[Listed], typed: str | None = None) -> list[Seen]:
     """Every LoRA of prompt and pool, the prompt's first. Raises `SettingsError` for what will be refused.
 
@@ -61,11 +67,7 @@ def seen(prompt: str, settings: Settings, listed: Sequence[Listed], typed: str |
             weights = ", ".join(dict.fromkeys((f"{member.text:g}", f"{member.unet:g}")))
             found.append(Seen(member.lora.name, weights, member.lora, pooled=True))
     items = [*tags, *((),) * (len(found) - len(tags))]
-    tagged = [
-        Tagged(each.lora, items, words=phrases(trigger_words(each.lora.file, each.lora.metadata)), pooled=each.pooled)
-        for each, items in zip(found, items)
-        if each.lora
-    ]
+    tagged = [tagged_as(each, items) for each, items in zip(found, items) if each.lora]
     claims = iter(claims_of(settings, tagged).each)
     return [replace(each, claim=next(claims)) if each.lora else each for each in found]
 

@@ -570,8 +570,8 @@ OPTIONS = (
         "styles",
         "everywhere",
         "Styles",
-        "LoRAs with a tag that are styles by name or trigger words. everywhere: they act in every pass, the bare "
-        "model's too, as long as others compete. compete: they compete for patches like the others.",
+        "LoRAs with a tag that are styles by name, folder or trigger words. everywhere: they act in every pass, the "
+        "bare model's too, as long as others compete. compete: they compete for patches like the others.",
         group="In every pass",
         choices=("everywhere", "compete"),
         methods=LORATORIO,

@@ -463,7 +463,8 @@ class TestStyles:
 
     def test_by_its_name_and_by_the_words_of_its_file(self):
         by_name, by_file = tagged("ink_style_v2:1"), Tagged(lora("neon"), ("neon", "1"), words=("neon style",))
-        assert self.everywhere(claims("zorg:1", by_name, by_file)) == [False, True, True]
+        by_folder = tagged("ink:1", path="styles/ink")
+        assert self.everywhere(claims("zorg:1", by_name, by_file, by_folder)) == [False, True, True, True]
         otherwise = Tagged(lora("neon"), ("neon", "1", "words=neon robot"), words=("neon style",))
         assert self.everywhere(claims("zorg:1", otherwise)) == [False, False]
         by_option = claims("zorg:1", "neon:1", loras={"neon": {"words": "neon style"}})
@@ -507,7 +508,8 @@ class TestStyles:
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("a", ("neon style",)), ("a", ("in the style of monet", "monet style")), ("ghibli_style_offset", ()),
+        ("styles/oil", ()), ("Art-Style/ink", ("ink",)), ("a", ("neon style",)), ("ghibli_style_offset", ()),
+        ("a", ("in the style of monet", "monet style")),
         ("GhibliStyle-v2", ("1girl", "solo")), ("art styles", ()), ("a", ("Styles of the 1920s",)), ("style", ()),
     ],
 )  # fmt: skip
@@ -518,7 +520,8 @@ def test_styles(name, words):
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("a", ()), ("a", ("neon",)), ("a", ("zorg robot", "anime style")), ("hair_style_12", ()), ("lifestyle", ()),
+        ("a", ()), ("hairstyles/bob", ()), ("fashion/styles/a", ()), ("a", ("neon",)), ("hair_style_12", ()),
+        ("a", ("zorg robot", "anime style")), ("lifestyle", ()),
         ("hairstyles", ()), ("stylegan", ()), ("styled", ()), ("a", ("a robot with a strange hair style",)),
         ("fashion-style", ()), ("", ("",)),
     ],

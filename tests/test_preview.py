@@ -54,6 +54,13 @@ class TestSeen:
     def test_of_a_lora_named_twice_the_last(self):
         assert tags_of("<lora:a:1> <lora:b> <lora:a:0.5> <hypernet:c:1>") == [("a", "0.5"), ("b",)]
 
+    def test_a_style_is_in_every_pass_and_costs_no_rows_of_its_own(self):
+        prompt = "<lora:hat:1> <lora:cat:1> <lora:oil:0.5>"
+        found, competing = (seen(prompt, Settings(styles=each), HOST) for each in ("everywhere", "compete"))
+        assert [each.everywhere for each in found] == [False, False, True]
+        assert not any(each.everywhere for each in competing)
+        assert cost(Settings(), found) == cost(Settings(), found[:2]) < cost(Settings(), competing)
+
     def test_an_alias_is_a_name(self):
         (found,) = seen("<lora:top hat:1>", Settings(), [Listed("hat", "/hat", "hat", alias="top hat")])
         assert found.lora.name == "hat"
@@ -108,7 +115,7 @@ class TestCost:
 
     def test_refreshing_in_turn_is_cheaper_however_many_there_are(self):
         def of(count, **options):
-            settings = Settings(**options)
+            settings = Settings(styles="compete", **options)
             prompt = " ".join(f"<lora:{name}>" for name in ("hat", "cat", "dog", "oil", "ink")[:count])
             return cost(settings, seen(prompt, settings, HOST))
 
