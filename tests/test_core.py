@@ -893,7 +893,7 @@ class TestMethodFromSettings:
         for name in ("loratorio", "composite", "switch", "merge"):
             fields = set(vars(core.method_from(Settings(method=name, momentum=0.0))))
             around = {"refresh", "warmup", "reselect_every", "momentum"}  # of what comes around the method
-            around |= {"show_maps"}  # of the host
+            around |= {"show_maps", "styles"}  # of the host, and of who competes at all
             assert fields == {option.name for option in OPTIONS if option.methods == (name,)} - around
 
 

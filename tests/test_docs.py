@@ -58,7 +58,7 @@ def files(tmp_path, monkeypatch):
     for name, source in {
         "dreamshaper.safetensors": weights / "tinyworld.safetensors",
         "knight.safetensors": weights / "lora/zorg_quiet.safetensors",
-        "watercolour.safetensors": weights / "lora/neon_quiet.safetensors",
+        "watercolour.safetensors": weights / "lora/comet_quiet.safetensors",  # one that is no style by its words
     }.items():
         shutil.copy(source, tmp_path / name)
     ignored = shutil.ignore_patterns("*.safetensors")
