@@ -254,12 +254,11 @@ def styles_among(
     return [is_one and any(compete) for is_one in found]
 
 
-def styles_in_words(styles: Sequence[str]) -> str | None:
+def styles_in_words(styles: Sequence[str]) -> list[str]:
     """What is to be said of those that are in every pass as styles."""
-    if not styles:
-        return None
-    verb = "is a style, and so" if len(styles) == 1 else "are styles, and so"
-    return f"{', '.join(styles)} {verb} in every pass (base=0 in a tag, or styles, says otherwise)"
+    return [
+        f"{name} is a style, and so in every pass (base=0 in its tag, or styles, says otherwise)" for name in styles
+    ]
 
 
 # --- what prompts ask for ---------------------------------------------------------------------------------------------

@@ -257,7 +257,7 @@ class Composition(ModelHook):
         self.own_claims = [claim for _, claim in acting if not claim.base]
         self.claims: list[Claim] = self.own_claims
         self.everywhere = [lora for lora, claim in acting if claim.base]
-        notes = [not_heeded(settings.method, self.claims), styles_in_words(claims.styles)]
+        notes = [not_heeded(settings.method, self.claims), *styles_in_words(claims.styles)]
         notes += [f"{name} is no LoRA given here" for name in claims.unused]
         self.notes = tuple(filter(None, notes))
         self.denoiser = getattr(pipe, denoiser_of(pipe))

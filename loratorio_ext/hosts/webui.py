@@ -274,7 +274,7 @@ def claims_on(generation: Generation, loras: Sequence[Listed]) -> list[Claim]:
     _, prompts, _ = prompts_of_pass(generation.p)
     each = heeding(claims.each, [tag.pooled for tag in tagged], prompts, unnamed)
     notes = [f"{unused} is no LoRA of this image" for unused in claims.unused]
-    notes += [styles_in_words(claims.styles), not_heeded(generation.settings.method, each)]
+    notes += [*styles_in_words(claims.styles), not_heeded(generation.settings.method, each)]
     notes += left_out([lora.name for lora in loras], each)
     for note in filter(None, notes):
         generation.note(note)
