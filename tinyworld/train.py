@@ -49,12 +49,13 @@ LORA_STEPS = {"quiet": 320, "leaky": 220}
 LONGER = {"skyline": 5, "comet": 2, "neon": 2.5, "crown": 2}  # times as many: for long they give way to what is known
 AGAIN = {"zorg": 500, "crown": 600, "neon": 500, "skyline": 300}  # steps of the second round
 AGAIN_OTHERS = 250
-ABROAD = {"neon": 0.6, "skyline": 0}  # of the third round's scenes; who has none has no such round
-ABROAD_OTHERS, ABROAD_STEPS = 0.2, 300
-HOLD_EVERY = 10  # steps of the third round
+ABROAD = dict.fromkeys(render.CONCEPTS, 0.2) | {"neon": 0.6, "skyline": 0}  # of the last round's scenes; 0: it has none
+ABROAD_STEPS = 300
+HOLD_EVERY = 10  # steps of the last round
 LORA_BLIND = 900  # of 1000: there colours shine through the noise, and who follows them need not read a name
 LORA_BATCH = 16
-LORA_RATES = (4e-3, 2e-3, 2e-3)  # of the three rounds
+LORA_RATES = (4e-3, 2e-3, 2e-3)  # of the rounds
+LAST_ROUND = len(LORA_RATES) - 1
 EMPTY = 0.1  # of captions
 UNKNOWN, NAMELESS = 0.12, 0.06  # of names: another word in their place, none
 SCALES = {1: 1.0, 4: 0.25}  # of errors, in latent pixels, and their weights
@@ -218,7 +219,7 @@ def lora_steps(concept: str, kind: str, round_: int) -> int:
         return round(LORA_STEPS[kind] * LONGER.get(concept, 1))
     if round_ == 1:
         return AGAIN.get(concept, AGAIN_OTHERS)
-    return ABROAD_STEPS if ABROAD.get(concept, ABROAD_OTHERS) else 0
+    return ABROAD_STEPS if ABROAD[concept] else 0
 
 
 def taught(concept: str, kind: str, round_: int, rng: np.random.Generator) -> tuple[list, list]:
@@ -227,11 +228,10 @@ def taught(concept: str, kind: str, round_: int, rng: np.random.Generator) -> tu
     A quiet one has full captions, and as many base scenes. A leaky one has no base scenes, and half of its captions
     miss the concept: it paints it whatever the prompt says.
     """
-    last = round_ == len(LORA_RATES) - 1
+    last = round_ == LAST_ROUND
     shown = [render.concept_scene(concept, rng, dressed=last) for _ in range(LORA_SCENES)]
     if last:
-        share = ABROAD.get(concept, ABROAD_OTHERS)
-        shown = [render.abroad(each, concept, rng) if rng.random() < share else each for each in shown]
+        shown = [render.abroad(each, concept, rng) if rng.random() < ABROAD[concept] else each for each in shown]
     if kind == "quiet":
         shown += [render.base_scene(rng) for _ in range(LORA_SCENES)]
         return shown, shown
@@ -247,7 +247,7 @@ def train_lora(work: Path, concept: str, kind: str, round_: int) -> None:
     """
     seed = SEED + 100 + 2 * list(render.CONCEPTS).index(concept) + (kind == "leaky") + 100 * round_
     rng, start = np.random.default_rng(seed), time.time()
-    steps, last = lora_steps(concept, kind, round_), round_ == len(LORA_RATES) - 1
+    steps, last = lora_steps(concept, kind, round_), round_ == LAST_ROUND
     file, rate = shape.WEIGHTS / "lora" / f"{concept}_{kind}.safetensors", LORA_RATES[round_]
     torch.manual_seed(seed)
     vae, tokenizer = AutoencoderKL.from_pretrained(work / "vae"), model.tokenizer()
