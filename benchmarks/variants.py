@@ -15,7 +15,9 @@ SWITCH = {"method": "switch", "switch_every": 2}  # so that in a few steps each 
 PAPER = {"preset": "paper"}
 COMPETING = {"styles": "compete"}
 """A style competes like any other LoRA."""
-PATCH_BY_PATCH = {"patches": "grid", "momentum": 0.0, **COMPETING}
+EVERY_PATCH = {"regions": False}
+"""What is told of a patch decides there, and nothing else: the defaults without whole regions."""
+PATCH_BY_PATCH = {"patches": "grid", "momentum": 0.0, **EVERY_PATCH, **COMPETING}
 """Every patch and every step for itself, as in the paper."""
 CENTRE = {
     **PATCH_BY_PATCH,
@@ -107,7 +109,9 @@ CEILINGS = (
     {**CEILING_OF_SHARES, "base_share": 0.25},
 )
 """The ceiling is the best of them: what perfect information reaches also depends on how it is used."""
-BOUNDS = (TRUTH, *CEILINGS, MERGE, COMPETING, {})
+FORMER_DEFAULTS = ({**EVERY_PATCH, **COMPETING}, EVERY_PATCH)
+"""The defaults before whole regions, and before styles in every pass."""
+BOUNDS = (TRUTH, *CEILINGS, MERGE, *FORMER_DEFAULTS, {})
 SLIDING = {"patch_size": 2, "patches": "sliding"}
 SMOOTH = {**CENTRE, **SLIDING, "base_share": 0.25}
 PLACED = {**GATED, **SLIDING, "base_share": 0.25}
@@ -124,8 +128,8 @@ SCREEN = (
 """What the first look at a world goes through, beside the ceiling."""
 FORMER = {**CENTRE, "patch_size": 4}
 """The first defaults on this world."""
-CONFIRM = (TRUTH, REACHED, MERGE, PAPER, FORMER, COMPETING, {}, PLACED)
-"""What is confirmed: the defaults, what they were before (with styles that compete, and patch by patch), and gates."""
+CONFIRM = (TRUTH, REACHED, MERGE, PAPER, FORMER, *FORMER_DEFAULTS, {}, PLACED)
+"""What is confirmed: the defaults, what they were before, and gates."""
 
 NEEDS = {"reselect_every": "top_k"}
 """Options that mean nothing while another one is off, beside those that say so in the table."""
@@ -150,10 +154,9 @@ def resolved(options: Options) -> dict[str, Any]:
     return {name: options[name] for name in OWN if name in options} | {
         option.name: settings.effect(option)
         for option in OPTIONS
-        if option.used_by(settings.method)
+        if settings.in_force(option)
         and option.name not in FORM
         and (option.name not in NEEDS or getattr(settings, NEEDS[option.name]))
-        and (not (option.needs or option.replaced_by) or settings.matters(option))
     }
 
 
@@ -194,6 +197,8 @@ def variant_name(options: Options) -> str:
         words.append(settings.upsampling)
     if settings.momentum:
         words.append(f"momentum {settings.momentum:g}")
+    if settings.matters(OPTION["regions"]):
+        words.append("whole regions")
     if gated and settings.global_below:
         words.append(f"global below {settings.global_below:g}")
     if settings.top_k:

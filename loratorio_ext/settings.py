@@ -577,6 +577,18 @@ OPTIONS = (
         methods=LORATORIO,
         idle="compete",
     ),
+    Option(
+        "regions",
+        True,
+        "Whole regions",
+        "On: each LoRA keeps its region together; where it agrees with the bare model it counts as is typical of it, "
+        "and who is around a patch counts there, too. Off: every patch for itself (the paper); try it when something "
+        "small vanishes into its surroundings.",
+        group="Weights",
+        methods=LORATORIO,
+        idle=False,
+        replaced_by="combination",
+    ),
 )
 
 UNTOUCHED_BY_PRESETS = ("enabled", "pool", "pool_weight", "show_maps", "loras", "everywhere", "unnamed")
@@ -602,6 +614,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "patches": "grid",
         "momentum": 0.0,
         "styles": "compete",
+        "regions": False,
     },
     "balanced": {"refresh": 1},
     "fast": {"refresh": 1, "base_share": 1.0},
@@ -666,13 +679,16 @@ class _Settings:
         """Whether composition acts when the share ``progress`` of the steps is done: from ``start`` up to ``end``."""
         return self.start <= progress and (progress < self.end or self.end == 1)
 
-    def matters(self, option: Option) -> bool:
-        """Whether an option's value has an effect: the method uses it, neither it nor what it needs is idle, and
-        nothing takes its place."""
+    def in_force(self, option: Option) -> bool:
+        """Whether an option is looked at: the method uses it, what it needs matters, and nothing takes its place."""
         needs, other = OPTION.get(option.needs), OPTION.get(option.replaced_by)
+        wanted = (needs is None or self.matters(needs)) and (other is None or not self.matters(other))
+        return option.used_by(self.method) and wanted
+
+    def matters(self, option: Option) -> bool:
+        """Whether an option's value has an effect: it is in force, and not idle."""
         idle = option.idle is not None and self.effect(option) == option.idle
-        in_force = (needs is None or self.matters(needs)) and (other is None or not self.matters(other))
-        return option.used_by(self.method) and not idle and in_force
+        return not idle and self.in_force(option)
 
     def effect(self, option: Option) -> Any:
         """An option's value, or the idle one that its default amounts to where what that needs is not there."""

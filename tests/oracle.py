@@ -109,21 +109,22 @@ def top_k_mask(similarity, k, scope, prior=None):
 
 def softmin_weights(similarity, temperature, top_k=None, scope="image", mask=None, claim=None):
     """``temperature``: a number, or one an image and patch (broadcastable to [B,h,w]); ``mask`` instead of top_k;
-    ``claim [N,h,w]``: a factor on everyone's exponential."""
+    ``claim [N,h,w]`` or ``[N,B,h,w]``: a factor on everyone's exponential."""
     similarity = np.asarray(similarity, np.float64)
     n, b, h, w = similarity.shape
     tau = np.broadcast_to(np.asarray(temperature, np.float64), (b, h, w))
     mask = top_k_mask(similarity, top_k, scope) if mask is None else mask
     claim = np.ones((n, h, w)) if claim is None else claim
+    claim = claim if np.ndim(claim) == 4 else np.repeat(claim[:, None], b, axis=1)
     out = np.zeros_like(similarity)
     for j in range(b):
         for y in range(h):
             for x in range(w):
-                members = [i for i in range(n) if mask[i, j, y, x] and claim[i, y, x] > 0]
+                members = [i for i in range(n) if mask[i, j, y, x] and claim[i, j, y, x] > 0]
                 if not members:
                     continue
                 # Whatever is taken off all logits alike: here the largest, so that one exponential is 1.
-                logit = {i: math.log(claim[i, y, x]) - similarity[i, j, y, x] / tau[j, y, x] for i in members}
+                logit = {i: math.log(claim[i, j, y, x]) - similarity[i, j, y, x] / tau[j, y, x] for i in members}
                 e = {i: math.exp(logit[i] - max(logit.values())) for i in members}
                 for i in members:
                     out[i, j, y, x] = e[i] / sum(e.values())
@@ -160,6 +161,39 @@ def adaptive_temperature(score, kappa, mask=None):
                 deviations.append(math.sqrt(sum((value - mean) ** 2 for value in values) / len(values)))
         mean = sum(deviations) / len(deviations) if deviations else 0
         out[j] = max(kappa * mean, SMALLEST_TEMPERATURE, SMALLEST_SPREAD * np.abs(score[:, j]).mean())
+    return out
+
+
+TYPICAL, COHESION, LEAST = 0.6, 4, 1e-4
+
+
+def at_least_typical(relative):
+    """[N,R,h,w]: nobody's divergence is below the 0.6 quantile of its own in the image."""
+    out = np.array(relative, np.float64)
+    for i in range(out.shape[0]):
+        for j in range(out.shape[1]):
+            values = sorted(out[i, j].ravel())
+            place = TYPICAL * (len(values) - 1)
+            below = math.floor(place)
+            above = min(below + 1, len(values) - 1)
+            typical = values[below] + (place - below) * (values[above] - values[below])
+            out[i, j] = np.where(out[i, j] < typical, typical, out[i, j])
+    return out
+
+
+def neighbourhood(weights, reach):
+    """[N,R,h,w]: the fourth power of the mean weight up to ``reach`` cells away, in either direction; cells at just
+    that distance count half."""
+    n, rows, h, w = weights.shape
+    out = np.empty_like(weights)
+    for y in range(h):
+        for x in range(w):
+            total, cells = 0, 0
+            for v in range(max(0, y - reach), min(h, y + reach + 1)):
+                for u in range(max(0, x - reach), min(w, x + reach + 1)):
+                    count = (0.5 if abs(v - y) == reach else 1) * (0.5 if abs(u - x) == reach else 1)
+                    total, cells = total + count * weights[:, :, v, u], cells + count
+            out[:, :, y, x] = np.maximum(total / cells, LEAST) ** COHESION
     return out
 
 
@@ -308,6 +342,10 @@ def loratorio(
         if options["temperature_mode"] == "adaptive":
             tau = adaptive_temperature(-relative, tau, mask)
         claim = np.stack([share_of[i] * prior[i] for i in range(n)])
+        if options["regions"]:
+            relative = at_least_typical(relative)
+            alone = softmin_weights(-relative, tau, mask=mask, claim=claim)
+            claim = claim[:, None] * neighbourhood(alone, options["patch_size"] // p)
         weights = softmin_weights(-relative, tau, mask=mask, claim=claim) * coverage(prior, mask)
     pixels = UPSAMPLE[options["upsampling"]](weights, np.shape(cond)[-2:], p)
     if gated:

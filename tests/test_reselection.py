@@ -48,7 +48,7 @@ def only(full, plan):
 
 def options(**changed):
     plain = dict(patch_size=2, temperature=0.3, temperature_mode="adaptive", relativity=0.5, base_share=0.5, top_k=2)
-    plain |= {"combination": "shares", "sharpness": 4.0, "global_below": 0.0, "patches": "grid"}
+    plain |= {"combination": "shares", "sharpness": 4.0, "global_below": 0.0, "patches": "grid", "regions": False}
     return plain | {"upsampling": "nearest", "selection_scope": "image"} | changed
 
 
@@ -68,6 +68,7 @@ def method_options(draw):
         selection_scope=draw(st.sampled_from(["image", "patch"])),
         combination=draw(st.sampled_from(["shares", "gates"])),
         patches=draw(st.sampled_from(["grid", "sliding"])),
+        regions=draw(st.booleans()),
     )
 
 

@@ -486,6 +486,7 @@ class TestArgs:
         0.75,
         "drop",
         "compete",
+        False,
     ]
 
     def test_the_examples_differ_from_the_defaults(self):
@@ -603,6 +604,7 @@ class TestInfotext:
             "LoRAtorio patches": "sliding",
             "LoRAtorio momentum": "0.8",
             "LoRAtorio styles": "everywhere",
+            "LoRAtorio regions": "True",
             "LoRAtorio version": __version__,
         }
         assert Settings(enabled=True, combination="gates", patches="grid", momentum=0.0).to_infotext() == {
@@ -615,6 +617,7 @@ class TestInfotext:
             "LoRAtorio combination": "gates",
             "LoRAtorio sharpness": "4.0",
             "LoRAtorio styles": "everywhere",
+            "LoRAtorio regions": "True",
             "LoRAtorio version": __version__,
         }
         assert Settings(enabled=True, method="merge").to_infotext().keys() == {
@@ -720,7 +723,7 @@ EARLIER = {
         {"enabled": True, "method": "loratorio", "patch_size": 4, "temperature_mode": "adaptive", "temperature": 0.3,
          "relativity": 1.0, "upsampling": "nearest", "base_share": 0.5, "top_k": 0, "start": 0.0, "end": 1.0,
          "refresh": 0, "pool": (), "reselect_every": 1, "show_maps": False, "loras": Frozen(), "everywhere": (),
-         "combination": "shares", "patches": "grid", "styles": "compete"},
+         "combination": "shares", "patches": "grid", "styles": "compete", "regions": False},
     ),
     "0.1.0, gates": (
         {"LoRAtorio enabled": "True", "LoRAtorio method": "loratorio", "LoRAtorio patch size": "2",

@@ -20,6 +20,7 @@ from loratorio_ext.core.composition import (
 )
 from loratorio_ext.core.gates import gates
 from loratorio_ext.core.patches import DIVERGENCE, patch_mean, upsample_weights
+from loratorio_ext.core.regions import at_least_typical, log_neighbourhood
 from loratorio_ext.core.selection import top_k_mask
 
 
@@ -125,7 +126,7 @@ def coverage(place: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class LoRAtorio:
     """Patch-wise SoftMin of similarity to the base model, and guidance re-centred on it (paper; `temperature_mode`
-    "adaptive", `relativity` above 0, `combination` "gates" and `patches` "sliding" are this project's)."""
+    "adaptive", `relativity` above 0, `combination` "gates", `patches` "sliding" and `regions` are this project's)."""
 
     patch_size: int
     temperature: float
@@ -139,6 +140,7 @@ class LoRAtorio:
     sharpness: float = 4.0
     global_below: float = 0.0
     patches: str = "grid"
+    regions: bool = False
 
     def plan(self, step: int, n: int, members: Sequence[int] | None = None, placed: bool = False) -> Plan:
         members = acting(n, members)
@@ -156,6 +158,11 @@ class LoRAtorio:
     def side(self) -> int:
         """How many latent pixels one weight is for, in either direction."""
         return 1 if self.patches == "sliding" else self.patch_size
+
+    @property
+    def cells(self) -> int:
+        """How many weights there are along a patch."""
+        return self.patch_size // self.side
 
     def divergence(self, eps: Tensor, eps_base: Tensor) -> Tensor:
         """1 minus the cosine of LoRAs' and base model's predicted noise in every patch: ``[N, R, h, w]``."""
@@ -194,7 +201,8 @@ class LoRAtorio:
     ) -> Tensor:
         """Patch weights Omega ``[N, R, h, w]``, or gates, from the predicted noise of LoRAs and base model.
 
-        Who is left out takes no part in anything: the adaptive temperature, too, is that of the ``chosen``.
+        Who is left out takes no part in anything: the adaptive temperature, too, is that of the ``chosen``; with
+        ``regions``, too, that of divergences as they are.
 
         With ``place [N, (R,) H, W]`` and ``share [N]`` (see `Predictions`) a weight is proportional to
         ``prior * share * exp(-score / temperature)``, and the weights of a patch add up to its coverage: the sum of the
@@ -219,6 +227,10 @@ class LoRAtorio:
             log_claim = log_claim + prior.log()
         if chosen is not None:
             log_claim = log_claim.masked_fill(~chosen, -torch.inf)
+        if self.regions:
+            score = -at_least_typical(relative)
+            alone = softmin_weights(score, temperature, log_claim=log_claim)
+            log_claim = log_claim + log_neighbourhood(alone, self.cells)
         weights = softmin_weights(score, temperature, log_claim=log_claim)
         return weights if prior is None else weights * coverage(prior * chosen)
 
