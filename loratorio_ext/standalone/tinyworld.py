@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).resolve().parents[1]
 PLACES = (PACKAGE / "tinyworld_weights", PACKAGE.parent / "tinyworld" / "weights")
 """Of an installed package, and of a clone."""
 
-SAMPLING = Sampling(steps=20, cfg=4.0, sampler="DDIM")
-"""What its pictures were judged with; see its model card."""
+SAMPLING = Sampling(steps=20, cfg=3.0, sampler="DDIM")
+"""The guidance that its pictures are judged with, and a few steps more; see its model card."""
 
 PROMPT = (
     "a penguin bird on the left and an amanita mushroom on the right, in a skyline town "
