@@ -150,7 +150,8 @@ class TestPresets:
     @pytest.mark.parametrize("option", BY_PRESETS, ids=lambda option: option.name)
     def test_one_value_changed_is_custom(self, name, option):
         values = preset_values(name)
-        others = {str: option.choices, int: (option.low, option.high), float: (0.3, 0.6)}[option.kind]
+        choices = {str: option.choices, int: (option.low, option.high), float: (0.3, 0.6), bool: (False, True)}
+        others = choices[option.kind]
         values[option.name] = next(value for value in others if value != values[option.name])
         found = preset_of(Settings(**values), name)
         assert found != name and (found == CUSTOM or preset_values(found) == values)
