@@ -201,8 +201,8 @@ class LoRAtorio:
     ) -> Tensor:
         """Patch weights Omega ``[N, R, h, w]``, or gates, from the predicted noise of LoRAs and base model.
 
-        Who is left out takes no part in anything: the adaptive temperature, too, is that of the ``chosen``; with
-        ``regions``, too, that of divergences as they are.
+        Who is left out takes no part in anything: the adaptive temperature, too, is that of the ``chosen``. It follows
+        the divergences themselves, before `regions` change what they count.
 
         With ``place [N, (R,) H, W]`` and ``share [N]`` (see `Predictions`) a weight is proportional to
         ``prior * share * exp(-score / temperature)``, and the weights of a patch add up to its coverage: the sum of the
