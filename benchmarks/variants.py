@@ -15,6 +15,8 @@ SWITCH = {"method": "switch", "switch_every": 2}  # so that in a few steps each 
 PAPER = {"preset": "paper"}
 COMPETING = {"styles": "compete"}
 """A style competes like any other LoRA."""
+STYLES_ONLY = {"styles": "everywhere"}
+"""A style is in every pass, a background competes, and all of the image is shared out: the defaults before."""
 EVERY_PATCH = {"regions": False}
 """What is told of a patch decides there, and nothing else: the defaults without whole regions."""
 PATCH_BY_PATCH = {"patches": "grid", "momentum": 0.0, **EVERY_PATCH, **COMPETING}
@@ -109,8 +111,8 @@ CEILINGS = (
     {**CEILING_OF_SHARES, "base_share": 0.25},
 )
 """The ceiling is the best of them: what perfect information reaches also depends on how it is used."""
-FORMER_DEFAULTS = ({**EVERY_PATCH, **COMPETING}, EVERY_PATCH)
-"""The defaults before whole regions, and before styles in every pass."""
+FORMER_DEFAULTS = ({**EVERY_PATCH, **COMPETING}, {**EVERY_PATCH, **STYLES_ONLY}, STYLES_ONLY)
+"""The defaults before styles were in every pass, before whole regions, and before surroundings were."""
 BOUNDS = (TRUTH, *CEILINGS, MERGE, *FORMER_DEFAULTS, {})
 SLIDING = {"patch_size": 2, "patches": "sliding"}
 SMOOTH = {**CENTRE, **SLIDING, "base_share": 0.25}
@@ -137,6 +139,8 @@ FORM = ("enabled", "pool", "pool_weight", "show_maps")
 """Options that say which LoRAs there are and what is shown of them: here every combination names its own."""
 
 
+IN_EVERY_PASS = {"everywhere": ", style in every pass", "surroundings": ", surroundings in every pass"}
+"""What is said of the option ``styles``."""
 OWN = (PERFECT, EVERYWHERE)
 """Options that only the benchmarks know, beside the product's."""
 
@@ -175,8 +179,8 @@ def variant_name(options: Options) -> str:
         says = {"cmlora": "CMLoRA", "concatenated": "concatenated at 1/N^{power:g}", "soup": "soup of {steps} steps"}
         return says[options[BASELINE]].format(**options)
     settings = Settings.from_mapping(of_product(options))
-    in_every_pass = EVERYWHERE in options or settings.matters(OPTION["styles"])
-    everywhere = ", style in every pass" if in_every_pass else ""
+    styles = "everywhere" if EVERYWHERE in options else settings.effect(OPTION["styles"])
+    everywhere = IN_EVERY_PASS.get(styles, "")
     if PERFECT in options:
         return f"perfect masks, {settings.combination}, λ {settings.base_share:g}{everywhere}"
     if settings.method == "switch":

@@ -18,7 +18,7 @@ from torch import Tensor
 from loratorio_ext.errors import SettingsError
 from loratorio_ext.parts import Box, box_of, parts_of_tag, span_of, tag_text
 from loratorio_ext.pool import Listed, matching
-from loratorio_ext.styles import is_style
+from loratorio_ext.styles import is_background, is_style
 from loratorio_ext.triggers import is_named, phrases
 
 SOFTNESS = 0.1
@@ -57,8 +57,8 @@ class Claim:
     ``at``: edges of the place where it may act, left, top, right, bottom in fractions of the image. ``share``: a factor
     on its claim. ``steps``: the fractions of the steps between which it takes part. ``mask``: where it may act, in the
     form of `masks`; with a place, where both say so. ``words``: its trigger words, by phrases; none where they are not
-    known. ``base``: it is in every pass, and claims nothing. ``images``: of each of a batch's images, whether it takes
-    part; None: in all.
+    known. ``base``: it is in every pass, and claims nothing. ``yields``: where it is not clearly at home it leaves the
+    image to those that are. ``images``: of each of a batch's images, whether it takes part; None: in all.
     """
 
     at: Box | None = None
@@ -67,6 +67,7 @@ class Claim:
     mask: str | None = None
     words: tuple[str, ...] = ()
     base: bool = False
+    yields: bool = False
     images: tuple[bool, ...] | None = None
 
     @classmethod
@@ -124,10 +125,12 @@ def share_of(claims: Iterable[Claim]) -> Tensor | None:
     return None if all(share == 1 for share in shares) else torch.tensor(shares)
 
 
-def places_and_shares(claims: Sequence[Claim], like: Tensor, image_of_row: Sequence[int]) -> dict[str, Tensor | None]:
-    """``place`` and ``share`` of `Predictions`, in latents of the size and on the device of ``like [..., H, W]``."""
+def places_and_shares(claims: Sequence[Claim], like: Tensor, image_of_row: Sequence[int]) -> dict[str, Any]:
+    """``place``, ``share`` and ``rest`` of `Predictions`, in latents of the size and on the device of ``like [..., H,
+    W]``."""
     found = {"place": place_of(claims, *like.shape[-2:], image_of_row), "share": share_of(claims)}
-    return {name: None if each is None else each.to(like.device) for name, each in found.items()}
+    on_device = {name: None if each is None else each.to(like.device) for name, each in found.items()}
+    return {**on_device, "rest": any(claim.yields for claim in claims)}
 
 
 def not_heeded(method: str, claims: Iterable[Claim]) -> str | None:
@@ -164,11 +167,13 @@ class Tagged:
 @dataclass(frozen=True)
 class Claims:
     """``each``: the active LoRAs' claims, in their order. ``unused``: what the options ``loras`` and ``everywhere``
-    name that no active LoRA is. ``styles``: the names of those that are in every pass because they are styles."""
+    name that no active LoRA is. ``styles`` and ``backgrounds``: the names of those that are in every pass because
+    they are that."""
 
     each: tuple[Claim, ...]
     unused: tuple[str, ...] = ()
     styles: tuple[str, ...] = ()
+    backgrounds: tuple[str, ...] = ()
 
 
 def meant(entry: str, listed: Sequence[Listed]) -> list[Listed]:
@@ -231,34 +236,67 @@ def claims_of(settings: Any, tagged: Sequence[Tagged]) -> Claims:
         replace(Claim.of(parts), words=phrases(parts["words"]) if "words" in parts else each.words)
         for parts, each in zip(said, tagged)
     ]
-    styles = styles_among(settings, tagged, said, claims)
-    claims = [replace(claim, base=claim.base or is_one) for claim, is_one in zip(claims, styles)]
-    return Claims(tuple(claims), tuple(unused), tuple(each.lora.name for each, is_one in zip(tagged, styles) if is_one))
+    styles, backgrounds = in_every_pass(settings, tagged, said, claims)
+    claims = [replace(claim, base=claim.base or number in styles | backgrounds) for number, claim in enumerate(claims)]
+    if leaves_the_rest(settings, tagged, claims):
+        claims = [replace(claim, yields=not claim.base) for claim in claims]
+
+    def names(numbers: set[int]) -> tuple[str, ...]:
+        return tuple(tagged[number].lora.name for number in sorted(numbers))
+
+    return Claims(tuple(claims), tuple(unused), names(styles), names(backgrounds))
 
 
-def styles_among(
+STYLE, BACKGROUND = "a style", "the background"
+
+
+def in_every_pass(
     settings: Any, tagged: Sequence[Tagged], said: Sequence[Mapping[str, Any]], claims: Sequence[Claim]
-) -> list[bool]:
-    """Of each active LoRA, whether it is in every pass since it is a style, of which nothing else is said.
+) -> tuple[set[int], set[int]]:
+    """Which of the active LoRAs, by their numbers, are in every pass since they are styles, or since one of them is the
+    background; of them nothing else is said.
 
     Only if others are left that compete; not of a pool's, whom the prompt's words choose, nor where such words are
-    asked of every LoRA: who is in every pass is not asked.
+    asked of every LoRA: who is in every pass is not asked. A background only if it is the one there is, and nobody else
+    of either kind is in every pass: each more that is merged there disturbs the others.
     """
     if settings.styles == "compete" or settings.method != "loratorio" or settings.unnamed == "drop":
-        return [False] * len(tagged)
-    found = [
-        not each.pooled and parts.keys() <= {"words"} and is_style(each.lora.path, claim.words)
-        for each, parts, claim in zip(tagged, said, claims)
-    ]
-    compete = [not claim.base and not is_one for claim, is_one in zip(claims, found)]
-    return [is_one and any(compete) for is_one in found]
+        return set(), set()
+    free = [not tag.pooled and parts.keys() <= {"words"} for tag, parts in zip(tagged, said)]
+    kinds = kinds_of(tagged, claims)
+    styles = {number for number, kind in enumerate(kinds) if kind == STYLE and free[number]}
+    backgrounds = {number for number, kind in enumerate(kinds) if kind == BACKGROUND and free[number]}
+    taken = styles or any(claim.base and kind for claim, kind in zip(claims, kinds))
+    if settings.styles != "surroundings" or taken or len(backgrounds) > 1:
+        backgrounds = set()
+    compete = any(not claim.base and number not in styles | backgrounds for number, claim in enumerate(claims))
+    return (styles, backgrounds) if compete else (set(), set())
 
 
-def styles_in_words(styles: Sequence[str]) -> list[str]:
-    """What is to be said of those that are in every pass as styles."""
-    return [
-        f"{name} is a style, and so in every pass (base=0 in its tag, or styles, says otherwise)" for name in styles
-    ]
+def leaves_the_rest(settings: Any, tagged: Sequence[Tagged], claims: Sequence[Claim]) -> bool:
+    """Whether what nobody is clearly at home in is left to those in every pass: a style or a background is among them,
+    and no background competes."""
+    if settings.styles != "surroundings" or settings.method != "loratorio":
+        return False
+    known = list(zip(claims, kinds_of(tagged, claims)))
+    rival = any(kind == BACKGROUND and not claim.base for claim, kind in known)
+    return not rival and any(claim.base and kind for claim, kind in known)
+
+
+def kinds_of(tagged: Sequence[Tagged], claims: Sequence[Claim]) -> list[str]:
+    """Of each active LoRA, which of the two it is; "": neither."""
+
+    def kind(path: str, words: Sequence[str]) -> str:
+        return STYLE if is_style(path, words) else BACKGROUND if is_background(path, words) else ""
+
+    return [kind(tag.lora.path, claim.words) for tag, claim in zip(tagged, claims)]
+
+
+def in_words(claims: Claims) -> list[str]:
+    """What is to be said of those that are in every pass as styles or as the background."""
+    kinds = [*((name, STYLE) for name in claims.styles), *((name, BACKGROUND) for name in claims.backgrounds)]
+    why = "and so in every pass (base=0 in its tag, or styles, says otherwise)"
+    return [f"{name} is {kind}, {why}" for name, kind in kinds]
 
 
 # --- what prompts ask for ---------------------------------------------------------------------------------------------

@@ -568,12 +568,14 @@ OPTIONS = (
     ),
     Option(
         "styles",
-        "everywhere",
-        "Styles",
-        "LoRAs with a tag that are styles by name, folder or trigger words. everywhere: they act in every pass, the "
-        "bare model's too, as long as others compete. compete: they compete for patches like the others.",
+        "surroundings",
+        "Styles and backgrounds",
+        "LoRAs with a tag that are styles or a background by name, folder or trigger words. surroundings: styles, or "
+        "else the background, act in every pass, the bare model's too, and what no other LoRA is clearly at home in "
+        "is left to it. everywhere: styles act in every pass; the others share out the whole image. compete: they "
+        "compete for patches like the others.",
         group="In every pass",
-        choices=("everywhere", "compete"),
+        choices=("surroundings", "everywhere", "compete"),
         methods=LORATORIO,
         idle="compete",
     ),

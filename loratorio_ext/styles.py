@@ -1,7 +1,8 @@
-"""Which LoRAs are styles, by the names of their files and folders, or by the words that call them up.
+"""Which LoRAs are styles or backgrounds, by the names of their files and folders, or by the words that call them up.
 
 A style is at home nowhere: it competes with everybody for every patch, and a patch that it wins is in its colours
-while the next one is not. So it belongs into every pass. A guess: what is not told is not taken for one.
+while the next one is not. So it belongs into every pass. A background is what all others stand in front of: in every
+pass they are painted into it, and not into surroundings of their own. A guess: what is not told is not taken for one.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,3 +24,21 @@ def is_style(path: str, phrases: Iterable[str]) -> bool:
     phrases = tuple(phrases)
     by_words = bool(phrases) and all(says_style(words(phrase)) for phrase in phrases)
     return says_style(words(path)) or by_words
+
+
+SETTINGS = {"background", "backgrounds", "scenery", "landscape", "landscapes", "cityscape", "environment"}
+"""Words that speak of a background wherever they stand."""
+SURROUNDINGS = SETTINGS | {
+    *("town", "city", "village", "street", "alley", "market", "harbor", "harbour", "ruins", "skyline", "rooftop"),
+    *("forest", "woods", "jungle", "meadow", "field", "garden", "park", "desert", "mountains", "valley", "canyon"),
+    *("beach", "sea", "ocean", "lake", "river", "swamp", "cave", "sky", "aurora", "snowfield"),
+    *("room", "bedroom", "kitchen", "classroom", "library", "corridor", "hall", "dungeon", "interior"),
+}
+"""Nouns of places: whoever is called up by words that end in one is a background."""
+
+
+def is_background(path: str, phrases: Iterable[str]) -> bool:
+    """Whether a LoRA's path below the LoRA folder says so, or each of its trigger words, by phrases, if it has any."""
+    phrases = [words(phrase) for phrase in phrases]
+    by_words = bool(phrases) and all(found and found[-1] in SURROUNDINGS for found in phrases)
+    return not SETTINGS.isdisjoint(words(path)) or by_words

@@ -181,6 +181,18 @@ def at_least_typical(relative):
     return out
 
 
+REST = 1.5
+
+
+def of_rest(relative, mask):
+    """[N,R,h,w] -> [1,R,h,w]: what the base competes by where it has the rest, from those in the mask anywhere."""
+    n, rows, h, w = relative.shape
+    out = np.zeros((1, rows, h, w))
+    for j in range(rows):
+        out[0, j] = REST * max((relative[i, j].sum() / (h * w) for i in range(n) if mask[i, j].any()), default=0)
+    return out
+
+
 def neighbourhood(weights, reach):
     """[N,R,h,w]: the fourth power of the mean weight up to ``reach`` cells away, in either direction; cells at just
     that distance count half."""
@@ -314,13 +326,14 @@ def coverage(prior, mask):
 
 def loratorio(
     eps, eps_base, cond, uncond, base_uncond, image_of_row, options, mask=None, place=None, share=None, base_cond=None,
-    relative=None,
+    relative=None, rest=False,
 ):  # fmt: skip
     """Sections 1 to 4, or the gated sum: (cond [R,C,H,W], uncond [B,C,H,W] or None, patch weights [N,R,h,w]).
 
     ``mask [N,R,h,w]``: who takes part, where that was settled in an earlier step. ``place [N,H,W]``: where everyone may
     act, the rest is ``base_cond [R,C,H,W]`` and ``base_uncond``; ``share [N]``: a factor on everyone's claim.
-    ``relative [N,R,h,w]``: the relative divergences, where earlier steps have a part in them.
+    ``relative [N,R,h,w]``: the relative divergences, where earlier steps have a part in them. ``rest``: the base
+    competes as well, like one more LoRA, and what it wins is ``base_cond`` and ``base_uncond``.
     """
     p = options["patch_size"]
     similarity = SIMILARITY[options["patches"]](eps, eps_base, p)
@@ -339,19 +352,23 @@ def loratorio(
         weights = gates(relative, options["sharpness"], mask, share_of, prior, options["global_below"])
     else:
         tau = options["temperature"]
+        claim, rivals = np.stack([share_of[i] * prior[i] for i in range(n)]), mask
+        if rest:
+            relative = np.concatenate([relative, of_rest(relative, mask)])
+            claim = np.concatenate([claim, np.ones((1, h, w))])
+            rivals = np.concatenate([mask, np.ones((1, *mask.shape[1:]), bool)])
         if options["temperature_mode"] == "adaptive":
-            tau = adaptive_temperature(-relative, tau, mask)
-        claim = np.stack([share_of[i] * prior[i] for i in range(n)])
+            tau = adaptive_temperature(-relative, tau, rivals)
         if options["regions"]:
             relative = at_least_typical(relative)
-            alone = softmin_weights(-relative, tau, mask=mask, claim=claim)
+            alone = softmin_weights(-relative, tau, mask=rivals, claim=claim)
             claim = claim[:, None] * neighbourhood(alone, options["patch_size"] // p)
-        weights = softmin_weights(-relative, tau, mask=mask, claim=claim) * coverage(prior, mask)
+        weights = softmin_weights(-relative, tau, mask=rivals, claim=claim)[:n] * coverage(prior, mask)
     pixels = UPSAMPLE[options["upsampling"]](weights, np.shape(cond)[-2:], p)
     if gated:
         composed = gated_sum(cond, pixels, base_cond)
     else:
-        composed = compose(cond, pixels, None if everywhere else base_cond)
+        composed = compose(cond, pixels, base_cond if rest or not everywhere else None)
     if base_uncond is None:
         return composed, None, weights
     base_share = options["base_share"]
@@ -367,7 +384,7 @@ def loratorio(
     if gated:
         composed_uncond = gated_sum(uncond, of_image, base_uncond)
     else:
-        composed_uncond = compose(uncond, of_image, None if everywhere else base_uncond)
+        composed_uncond = compose(uncond, of_image, base_uncond if rest or not everywhere else None)
     return composed, recenter(base_uncond, composed_uncond, base_share), weights
 
 

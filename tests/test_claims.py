@@ -20,17 +20,18 @@ from loratorio_ext.claims import (
     Tagged,
     claims_of,
     heeding,
+    in_words,
     left_out,
     not_heeded,
     place_of,
+    places_and_shares,
     share_of,
-    styles_in_words,
 )
 from loratorio_ext.errors import SettingsError
 from loratorio_ext.parts import OTHERS, PARTS, PLACES, box_of, check_at, check_steps, is_slip, parts_of_tag
 from loratorio_ext.pool import Listed
 from loratorio_ext.settings import Settings
-from loratorio_ext.styles import is_style
+from loratorio_ext.styles import is_background, is_style
 
 HERE = Path(__file__).parents[1]
 sizes = st.integers(1, 40)
@@ -456,7 +457,7 @@ class TestStyles:
         found = claims("zorg:1", self.OIL, "comet:1")
         assert self.everywhere(found) == [False, True, False] and found.styles == ("oil",)
         assert found.each[1] == Claim(words=("oil style",), base=True)
-        assert styles_in_words(found.styles) == [
+        assert in_words(found) == [
             "oil is a style, and so in every pass (base=0 in its tag, or styles, says otherwise)"
         ]
 
@@ -502,6 +503,99 @@ class TestStyles:
         oil = Tagged(lora("oil"), words=("oil style",), pooled=True)
         assert self.everywhere(claims("zorg:1", oil)) == [False, False]
         assert self.everywhere(claims("zorg:1", oil, everywhere=["oil"])) == [False, True]
+
+
+class TestBackgrounds:
+    TOWN = "town:1:words=skyline town"
+    OIL = TestStyles.OIL
+    TOWN_BY_HAND = Tagged(lora("town"), ("town", "1", "base=1"), words=("skyline town",))
+    OIL_BY_HAND = Tagged(lora("oil"), ("oil", "1", "base=1"), words=("oil style",))
+
+    @staticmethod
+    def told(*given, **options):
+        """Who is in every pass, and who of the others leaves the rest to that."""
+        found = claims(*given, **options).each
+        return [claim.base for claim in found], [claim.yields for claim in found]
+
+    def test_the_one_there_is_is_in_every_pass_and_is_named(self):
+        found = claims("zorg:1", self.TOWN, "comet:1")
+        assert [claim.base for claim in found.each] == [False, True, False]
+        assert [claim.yields for claim in found.each] == [True, False, True]
+        assert found.backgrounds == ("town",) and found.styles == ()
+        assert in_words(found) == [
+            "town is the background, and so in every pass (base=0 in its tag, or styles, says otherwise)"
+        ]
+
+    def test_beside_a_style_it_competes_and_nothing_is_left_to_the_style(self):
+        assert self.told("zorg:1", self.TOWN, self.OIL) == ([False, False, True], [False] * 3)
+        assert self.told("zorg:1", self.TOWN, self.OIL_BY_HAND) == ([False, False, True], [False] * 3)
+
+    def test_of_two_both_compete(self):
+        beach = tagged("beach:1", path="backgrounds/beach")
+        assert self.told("zorg:1", self.TOWN, beach) == ([False] * 3, [False] * 3)
+        assert self.told("zorg:1", self.TOWN_BY_HAND, beach) == ([False, True, False], [False] * 3)
+
+    def test_to_a_style_alone_the_rest_is_left(self):
+        assert self.told("zorg:1", self.OIL) == ([False, True], [True, False])
+        assert self.told("zorg:1", self.OIL_BY_HAND) == ([False, True], [True, False])
+        assert self.told("zorg:1", tagged("oil_style:1"), everywhere=["oil_style"]) == ([False, True], [True, False])
+
+    def test_to_others_in_every_pass_nothing_is(self):
+        assert self.told("zorg:1", "lcm:1:base=1") == ([False, True], [False, False])
+
+    @pytest.mark.parametrize("part", ["at=left", "share=2", "steps=0-0.5", "base=0"])
+    def test_what_is_said_of_it_goes_before(self, part):
+        assert self.told("zorg:1", f"{self.TOWN}:{part}") == ([False, False], [False, False])
+
+    def test_where_nobody_else_competes_it_does(self):
+        assert self.told(self.TOWN) == ([False], [False])
+        assert self.told(self.TOWN, "lcm:1:base=1") == ([False, True], [False, False])
+
+    @pytest.mark.parametrize(
+        "options, of_style",
+        [({"styles": "everywhere"}, True), ({"styles": "compete"}, False), ({"unnamed": "drop"}, False),
+         ({"preset": "paper"}, False), ({"method": "composite"}, False)],
+        ids=str,
+    )  # fmt: skip
+    def test_options_and_methods_that_know_no_such_thing(self, options, of_style):
+        settings = Settings.from_mapping(options)
+        for other, base in ((self.TOWN, False), (self.OIL, of_style)):
+            found = claims_of(settings, [tagged("zorg:1"), tagged(other)]).each
+            assert [claim.base for claim in found] == [False, base]
+            assert not any(claim.yields for claim in found)
+
+    def test_one_of_a_pool_competes(self):
+        town = Tagged(lora("town"), words=("skyline town",), pooled=True)
+        assert self.told("zorg:1", town) == ([False, False], [False, False])
+        assert self.told("zorg:1", town, self.OIL) == ([False, False, True], [False] * 3)
+
+    def test_the_method_is_told(self):
+        claimed = places_and_shares(claims("zorg:1", self.TOWN).each[:1], torch.zeros(1, 4, 8, 8), (0,))
+        assert claimed == {"place": None, "share": None, "rest": True}
+        assert not places_and_shares(claims("zorg:1").each, torch.zeros(1, 4, 8, 8), (0,))["rest"]
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("backgrounds/a", ()), ("forest_background_v2", ()), ("a", ("bamboo forest",)),
+        ("a", ("skyline town", "old city")), ("Landscape-XL", ("zorg",)), ("a", ("Auroral Background",)),
+    ],
+)  # fmt: skip
+def test_backgrounds(name, words):
+    assert is_background(name, words)
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("a", ()), ("forest", ()), ("a", ("forest elf",)), ("a", ("town", "zorg robot")),
+        ("backgroundless", ()), ("", ("",)),
+        ("a", ("robot in a town with a hat",)), ("hallway", ()),
+    ],
+)  # fmt: skip
+def test_no_backgrounds(name, words):
+    assert not is_background(name, words)
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ from benchmarks.variants import (
     METHODS,
     OTHERS,
     PERFECT,
+    STYLES_ONLY,
     SWEEP,
     TRUTH,
     exact_of,
@@ -457,16 +458,16 @@ def test_a_style_in_every_pass_claims_no_place(tiny):
     """The same as when somebody says so; where no style is named, nothing changes."""
     combination = next(each for each in world.combinations("2") if each.scene.style)
     style = tiny.lora(combination.scene.style, "quiet").name
-    (image,) = paint(tiny, combination, "quiet", {EVERYWHERE: True}, (3,)).images
-    (by_hand,) = paint(tiny, combination, "quiet", {"loras": {style: {"base": True}}}, (3,)).images
-    (beside,) = paint(tiny, combination, "quiet", COMPETING, (3,)).images
+    ways = ({EVERYWHERE: True}, {"loras": {style: {"base": True}}}, {})
+    image, by_hand, beside = (paint(tiny, combination, "quiet", {**COMPETING, **way}, (3,)).images[0] for way in ways)
     assert image.tobytes() == by_hand.tobytes() != beside.tobytes()
     plain = next(each for each in world.combinations("2") if not each.scene.style)
     images = [paint(tiny, plain, "quiet", options, (3,)).images[0] for options in ({EVERYWHERE: True}, {})]
     assert images[0].tobytes() == images[1].tobytes()
-    names = [variant_name(options) for options in (COMPETING, {}, CEILING_OF_SHARES)]
+    names = [variant_name(options) for options in (COMPETING, STYLES_ONLY, {}, CEILING_OF_SHARES)]
     names.append(variant_name({**CEILING_OF_SHARES, EVERYWHERE: True}))
-    assert len(set(names)) == 4 and sum("style in every pass" in name for name in names) == 2
+    assert len(set(names)) == 5 and sum("style in every pass" in name for name in names) == 2
+    assert sum("surroundings in every pass" in name for name in names) == 1
 
 
 def test_true_renders_are_what_the_judge_calls_right():

@@ -60,6 +60,7 @@ def expected(predictions, chosen, mask=None):
         mask,
         *(maybe(each) for each in (predictions.place, predictions.share)),
         exact(predictions.host_cond),
+        rest=predictions.rest,
     )
 
 

@@ -603,7 +603,7 @@ class TestInfotext:
             "LoRAtorio base share": "0.25",
             "LoRAtorio patches": "sliding",
             "LoRAtorio momentum": "0.8",
-            "LoRAtorio styles": "everywhere",
+            "LoRAtorio styles": "surroundings",
             "LoRAtorio regions": "True",
             "LoRAtorio version": __version__,
         }
@@ -616,7 +616,7 @@ class TestInfotext:
             "LoRAtorio base share": "0.25",
             "LoRAtorio combination": "gates",
             "LoRAtorio sharpness": "4.0",
-            "LoRAtorio styles": "everywhere",
+            "LoRAtorio styles": "surroundings",
             "LoRAtorio regions": "True",
             "LoRAtorio version": __version__,
         }

@@ -20,7 +20,7 @@ from loratorio_ext.core.composition import (
 )
 from loratorio_ext.core.gates import gates
 from loratorio_ext.core.patches import DIVERGENCE, patch_mean, upsample_weights
-from loratorio_ext.core.regions import at_least_typical, log_neighbourhood
+from loratorio_ext.core.regions import at_least_typical, log_neighbourhood, of_rest
 from loratorio_ext.core.selection import top_k_mask
 
 
@@ -58,6 +58,7 @@ class Predictions:
     ``place [M, H, W]``, or ``[M, R, H, W]`` where rows differ, in [0, 1]: where in the image each of the plan's M
     members may act; None: everywhere.
     ``share [M]``, above 0: a factor on each member's claim; None: 1 for all.
+    ``rest``: whether the host's own pass knows the surroundings, and is at home where no member clearly is.
     """
 
     host_cond: Tensor
@@ -73,6 +74,7 @@ class Predictions:
     among: tuple[int, ...] | None = None
     place: Tensor | None = None
     share: Tensor | None = None
+    rest: bool = False
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,7 @@ class LoRAtorio:
         place: Tensor | None = None,
         share: Tensor | None = None,
         relative: Tensor | None = None,
+        rest: bool = False,
     ) -> Tensor:
         """Patch weights Omega ``[N, R, h, w]``, or gates, from the predicted noise of LoRAs and base model.
 
@@ -208,6 +211,9 @@ class LoRAtorio:
         ``prior * share * exp(-score / temperature)``, and the weights of a patch add up to its coverage: the sum of the
         priors of the chosen, at most 1. So a LoRA alone has its prior as weight, halves with soft edges that meet leave
         no gap between them, and the rest is the base model's.
+
+        With ``rest`` the base model competes, too, in every patch alike (`of_rest`), and what it wins the weights lack.
+        Gates need no such rival: who fades leaves the base model's prediction.
         """
         prior = self.prior(place)
         choosing = chosen is None and self.chooses(len(eps), prior)
@@ -217,21 +223,26 @@ class LoRAtorio:
             relative = relative_divergence(divergence, self.relativity) if relative is None else relative
         if self.combination == "gates":
             return gates(relative, self.sharpness, chosen, prior, share, self.global_below)
-        score = -relative
-        adaptive = self.temperature_mode == "adaptive"
-        temperature = adaptive_temperature(score, self.temperature, chosen) if adaptive else self.temperature
-        log_claim = torch.zeros_like(score)
+        log_claim = torch.zeros_like(relative)
         if share is not None:
             log_claim = log_claim + share.float().log().view(-1, 1, 1, 1)
         if prior is not None:
             log_claim = log_claim + prior.log()
-        if chosen is not None:
-            log_claim = log_claim.masked_fill(~chosen, -torch.inf)
+        competing = chosen
+        if rest:
+            relative = torch.cat([relative, of_rest(relative, chosen)])
+            log_claim = torch.cat([log_claim, torch.zeros_like(log_claim[:1])])
+            competing = None if chosen is None else torch.cat([chosen, torch.ones_like(chosen[:1])])
+        score = -relative
+        adaptive = self.temperature_mode == "adaptive"
+        temperature = adaptive_temperature(score, self.temperature, competing) if adaptive else self.temperature
+        if competing is not None:
+            log_claim = log_claim.masked_fill(~competing, -torch.inf)
         if self.regions:
             score = -at_least_typical(relative)
             alone = softmin_weights(score, temperature, log_claim=log_claim)
             log_claim = log_claim + log_neighbourhood(alone, self.cells)
-        weights = softmin_weights(score, temperature, log_claim=log_claim)
+        weights = softmin_weights(score, temperature, log_claim=log_claim)[: len(relative) - rest]
         return weights if prior is None else weights * coverage(prior * chosen)
 
     def combine(self, predictions: Predictions) -> ComposedStep:
@@ -243,7 +254,7 @@ class LoRAtorio:
         if not len(cond):
             nobody = patch_mean(cond.new_zeros(0, len(predictions.host_cond), *size), self.side)
             return ComposedStep(predictions.host_cond, uncond, nobody.float())
-        with_base = predictions.place is not None or self.combination == "gates"
+        with_base = predictions.place is not None or predictions.rest or self.combination == "gates"
         weights = self.weights(
             predictions.eps,
             predictions.eps_base,
@@ -251,6 +262,7 @@ class LoRAtorio:
             predictions.place,
             predictions.share,
             predictions.relative,
+            predictions.rest,
         )
         pixels = upsample_weights(weights, size, self.side, self.upsampling)
         if uncond is not None and self.base_share < 1:

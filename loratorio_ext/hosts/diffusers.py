@@ -46,10 +46,10 @@ from loratorio_ext.claims import (
     Tagged,
     claims_of,
     heeding,
+    in_words,
     left_out,
     not_heeded,
     places_and_shares,
-    styles_in_words,
 )
 from loratorio_ext.core import DIVERGENCE, Method, Plan, Predictions, method_from
 from loratorio_ext.errors import FileFormatError, SettingsError, UnsupportedError
@@ -257,7 +257,7 @@ class Composition(ModelHook):
         self.own_claims = [claim for _, claim in acting if not claim.base]
         self.claims: list[Claim] = self.own_claims
         self.everywhere = [lora for lora, claim in acting if claim.base]
-        notes = [not_heeded(settings.method, self.claims), *styles_in_words(claims.styles)]
+        notes = [not_heeded(settings.method, self.claims), *in_words(claims)]
         notes += [f"{name} is no LoRA given here" for name in claims.unused]
         self.notes = tuple(filter(None, notes))
         self.denoiser = getattr(pipe, denoiser_of(pipe))

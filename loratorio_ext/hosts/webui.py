@@ -20,10 +20,10 @@ from loratorio_ext.claims import (
     Tagged,
     claims_of,
     heeding,
+    in_words,
     left_out,
     not_heeded,
     places_and_shares,
-    styles_in_words,
 )
 from loratorio_ext.core import Method, Plan
 from loratorio_ext.errors import SettingsError, UnsupportedError
@@ -274,7 +274,7 @@ def claims_on(generation: Generation, loras: Sequence[Listed]) -> list[Claim]:
     _, prompts, _ = prompts_of_pass(generation.p)
     each = heeding(claims.each, [tag.pooled for tag in tagged], prompts, unnamed)
     notes = [f"{unused} is no LoRA of this image" for unused in claims.unused]
-    notes += [*styles_in_words(claims.styles), not_heeded(generation.settings.method, each)]
+    notes += [*in_words(claims), not_heeded(generation.settings.method, each)]
     notes += left_out([lora.name for lora in loras], each)
     for note in filter(None, notes):
         generation.note(note)
@@ -295,7 +295,7 @@ def plan_step(
     return method.plan(denoiser.step, len(claims), members, placed)
 
 
-def claimed(plan: Plan, claims: Sequence[Claim], like: Tensor, image_of_row: Sequence[int]) -> dict[str, Tensor | None]:
+def claimed(plan: Plan, claims: Sequence[Claim], like: Tensor, image_of_row: Sequence[int]) -> dict[str, Any]:
     """Where and how much the plan's members may act in latents of the size and on the device of ``like``, in rows of
     these images."""
     return places_and_shares([claims[index] for index in plan.members], like, image_of_row)

@@ -1,5 +1,6 @@
 """What the contract suite asks of a host: images from the extension, and from the brute-force reference."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -75,9 +76,10 @@ class Contract:
         """The extension's image, with its options by name."""
         return self.generate(payload, {"LoRAtorio": {"args": [{"enabled": True, **(options or {})}]}})
 
-    def brute_force(self, options: dict | None = None, **payload):
-        """The reference's image for the same options."""
+    def brute_force(self, options: dict | None = None, in_every_pass: Sequence[str] = (), **payload):
+        """The reference's image for the same options; these LoRAs are in every pass, and the rest is theirs."""
         settings = asdict(Settings.from_mapping({"enabled": True, **(options or {})}))
+        settings["in_every_pass"] = list(in_every_pass)
         return self.generate(payload, {"LoRAtorio reference": {"args": [settings]}})
 
     def assert_composes(self, options: dict | None = None, unlike_merged: float = 1.0, **payload):

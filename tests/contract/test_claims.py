@@ -117,12 +117,35 @@ def test_a_style_is_in_every_pass_as_if_its_tag_said_so(contract):
     def prompt(part):
         return f"{CAT} <lora:lora:1> <lora:rank_16_half:0.6:{part}> <lora:locon:0.8>"
 
-    by_words, by_tag = (contract.composed(prompt=prompt(part)) for part in ("words=oil style", "base=1"))
+    styles = {"styles": "everywhere"}
+    by_words, by_tag = (contract.composed(styles, prompt=prompt(part)) for part in ("words=oil style", "base=1"))
     assert same(by_words, by_tag)
     assert "rank_16_half is a style" in by_words.infotext
     competing = contract.composed({"styles": "compete"}, prompt=prompt("words=oil style"))
     assert same(competing, contract.composed(prompt=prompt("share=1")))
     assert mean(by_words.images, competing.images) > 0.5
+
+
+@pytest.mark.parametrize("request_", [{}, HIRES, {"sampler_name": "DDIM"}, {"n_iter": 2, "batch_size": 2}], ids=str)
+@pytest.mark.parametrize(
+    "kind, others",
+    [
+        ("oil style", "<lora:locon:0.8>"),
+        ("skyline town", "<lora:locon:0.8>"),
+        ("town", "<lora:lora:1> <lora:locon:0.8>"),
+    ],
+)
+def test_the_rest_is_left_to_who_is_in_every_pass(contract, kind, others, request_):
+    """What neither of the others is clearly at home in is the pass's that holds the style or the background."""
+    plain = f"{CAT} <lora:rank_16_half:0.6> {others}"
+    prompt = f"{CAT} <lora:rank_16_half:0.6:words={kind}> {others}"
+    composed = contract.composed(prompt=prompt, **request_)
+    reference = contract.brute_force(in_every_pass=["rank_16_half"], prompt=plain, **request_)
+    contract.largest_difference = largest(composed.images, reference.images)
+    assert contract.largest_difference <= TOLERANCE
+    shared_out = contract.composed({"styles": "everywhere"}, prompt=prompt, **request_)
+    assert mean(composed.images, shared_out.images) > 0.5
+    assert "rank_16_half is " in composed.infotext
 
 
 def test_loras_in_every_pass_alone_are_the_hosts_image(contract):

@@ -2,7 +2,8 @@
 call of its own, made with each LoRA's weights in turn, which the host's own arithmetic has merged into the model; the
 mathematics is the oracle's.
 
-Its one argument is a dict of all of LoRAtorio's options, or None to do nothing.
+Its one argument is a dict of all of LoRAtorio's options, or None to do nothing. Beside them, ``in_every_pass`` may name
+LoRAs of the prompt that are loaded in every pass, and to which what nobody is clearly at home in is left.
 """
 
 import ast
@@ -55,14 +56,15 @@ def active_loras(model):
     return found
 
 
-def load(model, file, strengths):
-    """Patchers of the UNet and the text encoders that hold this LoRA and nothing else."""
+def load(model, loras):
+    """Patchers of the UNet and the text encoders that hold these LoRAs (see `active_loras`), and nothing else."""
     networks = host_networks()
     unet, clip = model.forge_objects_original.unet, model.forge_objects_original.clip
-    for each in strengths:
-        unet, clip = networks.load_lora_for_models(
-            unet, clip, networks.load_lora_state_dict(file), *each, filename=file
-        )
+    for file, strengths in loras.items():
+        for each in strengths:
+            unet, clip = networks.load_lora_for_models(
+                unet, clip, networks.load_lora_state_dict(file), *each, filename=file
+            )
     return unet, clip
 
 
@@ -176,11 +178,15 @@ class Run:
         model = p.sd_model
         active = active_loras(model)
         active |= pool(options, active)
-        original = model.forge_objects_original
-        loaded = [load(model, *lora) for lora in active.items()]
+        named = options.get("in_every_pass", [])
+        self.around = {file: each for file, each in active.items() if Path(file).stem in named}
+        base, *loaded = [
+            load(model, self.around | lora)
+            for lora in ({}, *({file: active[file]} for file in active if file not in self.around))
+        ]
+        self.base_patches, self.base_text = patches_of(base[0]), encode(p, base[1])
         self.patches = [patches_of(unet) for unet, _ in loaded]
         self.texts = [encode(p, clip) for _, clip in loaded]
-        self.base_text = encode(p, original.clip)
         self.all_patches = patches_of(model.forge_objects_after_applying_lora.unet)
 
     def predict(self, model, patches, text, cond, uncond, x, sigma):
@@ -228,7 +234,7 @@ class Run:
 
     def composed(self, model, *where):
         x, sigma = as_image(where[2].double().numpy()), where[3].double().numpy()
-        layout, base_cond, base_uncond = self.predict(model, {}, self.base_text, *where)
+        layout, base_cond, base_uncond = self.predict(model, self.base_patches, self.base_text, *where)
         loras = [self.predict(model, patches, text, *where)[1:] for patches, text in zip(self.patches, self.texts)]
         conds = np.stack([each[0] for each in loras])
         unconds = None if base_uncond is None else np.stack([each[1] for each in loras])
@@ -250,9 +256,8 @@ class Run:
         left = None if self.selection.anew else mask
         relative = self.momentum(eps, eps_base, self.options, mask=left)
         step = (eps, eps_base, conds, unconds, base_uncond)
-        cond, uncond, _ = oracle.loratorio(
-            *step, image_of_row, self.options, mask, base_cond=base_cond, relative=relative
-        )
+        more = {"base_cond": base_cond, "relative": relative, "rest": bool(self.around)}
+        cond, uncond, _ = oracle.loratorio(*step, image_of_row, self.options, mask, **more)
         return layout, cond, uncond
 
 

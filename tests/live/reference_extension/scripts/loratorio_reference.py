@@ -1,7 +1,8 @@
 """A WebUI script that composes by brute force, for the tests: no row is evaluated together with another, every LoRA is
 loaded by the host's own ``load_networks`` in every step, and the mathematics is the oracle's.
 
-Its one argument is a dict of all of LoRAtorio's options, or None to do nothing.
+Its one argument is a dict of all of LoRAtorio's options, or None to do nothing. Beside them, ``in_every_pass`` may name
+LoRAs of the prompt that are loaded in every pass, and to which what nobody is clearly at home in is left.
 """
 
 import fnmatch
@@ -25,6 +26,7 @@ class Run:
 
     options = None
     active = []
+    around = []
     loras = []
     texts = {}
     reuse = None
@@ -119,7 +121,7 @@ def after_unet(result):
 
     def predict(lora):
         """Every row alone: (cond [R,C,H,W], uncond [B,C,H,W]) as float64."""
-        load([] if lora is None else [lora])
+        load(run.around if lora is None else [*run.around, lora])
         conds_list, cond = prompt_parser.reconstruct_multicond_batch(run.texts[lora][0], step)
         uncond = prompt_parser.reconstruct_cond_batch(run.texts[lora][1], step)
         if cond.shape[1] != uncond.shape[1] and shared.opts.pad_cond_uncond_v0:
@@ -164,7 +166,8 @@ def after_unet(result):
         left = None if run.selection.anew else mask
         relative = run.momentum(eps, eps_base, options, mask=left)
         step = (eps, eps_base, conds_of, unconds_of, base_uncond)
-        cond, uncond, _ = oracle.loratorio(*step, image_of_row, options, mask, base_cond=base_cond, relative=relative)
+        more = {"base_cond": base_cond, "relative": relative, "rest": bool(run.around)}
+        cond, uncond, _ = oracle.loratorio(*step, image_of_row, options, mask, **more)
     result.x[:conds] = torch.from_numpy(cond).to(result.x)
     if skip:
         uncond = np.stack([cond[rows[0][0]] for rows in conds_list])
@@ -191,7 +194,9 @@ class ReferenceScript(scripts.Script):
             return
         active = {each.name: each for each in networks().loaded_networks}.values()
         run.active = [(each.name, each.te_multiplier, each.unet_multiplier, each.dyn_dim) for each in active]
-        run.loras = run.active + pool(options, run.active)
+        around = options.get("in_every_pass", [])
+        run.around = [each for each in run.active if each[0] in around]
+        run.loras = [each for each in run.active if each[0] not in around] + pool(options, run.active)
         if not run.loras:
             return
         run.reuse = oracle.Reuse(options["refresh"], options["warmup"])
@@ -199,7 +204,7 @@ class ReferenceScript(scripts.Script):
         run.momentum = oracle.Momentum(options["momentum"])
         run.texts = {}
         for lora in [None, *run.loras]:
-            load([] if lora is None else [lora])
+            load(run.around if lora is None else [*run.around, lora])
             run.texts[lora] = encode(p)
         load(run.active)
 
