@@ -46,7 +46,7 @@ def overlays(painting: Painting) -> list[Image.Image]:
     """Each image with the weights on it, as means over the steps."""
     record = Record()
     for step in painting.steps:
-        record.add(step.members, step.weights.float().numpy(), range(len(painting.images)))
+        record.add(step.members, step.weights.float().numpy(), range(len(painting.images)), everywhere=step.everywhere)
     return [painted(image, parts_of(record, i, image.size)) for i, image in enumerate(painting.images)]
 
 

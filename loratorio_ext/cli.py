@@ -301,7 +301,8 @@ def paint(request: Request, device: str | None, dtype: str | None, offload: str,
     def see(step: Any) -> None:
         seen.append(step_report(step, clock.lap()))
         if step.weights is not None:
-            record.add(step.members, step.weights.float().numpy(), range(len(request.seeds)))
+            rows = range(len(request.seeds))
+            record.add(step.members, step.weights.float().numpy(), rows, everywhere=step.everywhere)
 
     images = compose(host, pipe, loras, request, see, notes)
     decoding = clock.lap()

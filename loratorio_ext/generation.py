@@ -82,6 +82,8 @@ class Generation:
         """The finished images by batch and place in it, where somebody wants to know who painted them."""
         self.loras: dict[str, None] = {}
         """Every LoRA that took part so far, in order."""
+        self.everywhere: dict[str, None] = {}
+        """Those in every pass, in the batch at hand."""
         self.encoders: dict[str, None] = {}
         """The neighbours that have had texts of their own encoded while a batch was sampled."""
         self.tallies: list[Any] = []
@@ -187,7 +189,7 @@ class Generation:
         self.loras.update(dict.fromkeys(loras))
         if weights is not None and self.records:
             patches = reach(weights.shape[-2:], self.settings.patch_size, self.latent_size)
-            self.records[-1].add(loras, weights.float().cpu().numpy(), image_of_row, patches)
+            self.records[-1].add(loras, weights.float().cpu().numpy(), image_of_row, patches, self.everywhere)
             if self.log_steps:
                 steps = self.records[-1].steps
                 print(step_line(len(steps), loras, steps[-1].weights.mean(axis=(2, 3)).T))

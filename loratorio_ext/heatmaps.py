@@ -51,8 +51,8 @@ class Part:
 
 
 def parts_of(record: Record, image: int, size: tuple[int, int], smooth: bool = False) -> list[Part]:
-    """Every LoRA that had a share of an image, in the order of the prompt, and the base model if it had one; maps for a
-    picture of ``size``, width and height."""
+    """Every LoRA that had a share of an image, in the order of the prompt, and the base model with those in every pass,
+    if it had one; maps for a picture of ``size``, width and height."""
     table, maps = record.share_table(image), record.mean_maps(image, size, smooth)
     loras = [index for index in range(len(record.loras)) if table[:, index].max() > 0]
     if len(loras) > len(COLOURS):  # the colours go to those with most
@@ -63,7 +63,8 @@ def parts_of(record: Record, image: int, size: tuple[int, int], smooth: bool = F
     found = [Part(record.loras[index], colours[index], maps[index], table[:, index]) for index in loras]
     rest = 1 - table.sum(axis=1)
     if rest.mean() >= 0.0005:
-        found.append(Part(BASE_NAME, BASE, (1 - maps.sum(axis=0)).clip(0, 1), rest.clip(0, 1)))
+        name = " + ".join([BASE_NAME, *record.everywhere])
+        found.append(Part(name, BASE, (1 - maps.sum(axis=0)).clip(0, 1), rest.clip(0, 1)))
     return found
 
 

@@ -1,7 +1,7 @@
 """What was picked: every LoRA's share of an image, step by step, and as text in its infotext."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,12 +43,14 @@ class StepWeights:
 class Record:
     """The steps of one batch of images; a second pass (hires fix) follows the first.
 
-    ``images``: how many there are, though nothing be composed of them (the user may skip a batch).
+    ``images``: how many there are, though nothing be composed of them (the user may skip a batch). ``everywhere``: the
+    LoRAs that were in every pass, the base model's too, in order.
     """
 
     def __init__(self, images: int = 0):
         self.steps: list[StepWeights] = []
         self._images = images
+        self.everywhere: dict[str, None] = {}
 
     def add(
         self,
@@ -56,8 +58,10 @@ class Record:
         weights: np.ndarray,
         image_of_row: Sequence[int],
         reach: tuple[float, float] = (1.0, 1.0),
+        everywhere: Iterable[str] = (),
     ) -> None:
         """One step's patch weights ``[N, R, h, w]``, a row of which belongs to an image; kept `as_shares`."""
+        self.everywhere.update(dict.fromkeys(everywhere))
         rows, weights = np.asarray(image_of_row), as_shares(weights)
         of_images = np.stack([weights[:, rows == image].mean(axis=1) for image in range(rows.max() + 1)], axis=1)
         self.steps.append(StepWeights(tuple(loras), of_images.astype(np.float32), reach))

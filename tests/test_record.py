@@ -224,6 +224,12 @@ class TestPictures:
         assert (painted[:300, 300:] == 128).all(), "the image, in grey"
         assert [part.name for part in parts_of(halves(), 0, (8, 8))] == ["left", "right"]
 
+    def test_who_is_in_every_pass_is_named_beside_the_base_model(self):
+        record = Record()
+        for _ in range(2):
+            record.add(["left"], halves().steps[0].weights[:1], (0,), everywhere=["town", "lcm"])
+        assert [part.label for part in parts_of(record, 0, (8, 8))] == ["50% left", "50% base model + town + lcm"]
+
     def test_of_many_loras_those_with_most_have_colours(self):
         record, count = Record(), 12
         drawn = np.arange(1, count + 1, dtype=np.float32).reshape(-1, 1, 1, 1) / sum(range(1, count + 1))

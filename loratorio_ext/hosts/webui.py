@@ -273,6 +273,7 @@ def claims_on(generation: Generation, loras: Sequence[Listed]) -> list[Claim]:
     claims, unnamed = claims_of(generation.settings, tagged), generation.settings.unnamed
     _, prompts, _ = prompts_of_pass(generation.p)
     each = heeding(claims.each, [tag.pooled for tag in tagged], prompts, unnamed)
+    generation.everywhere = dict.fromkeys(lora.name for lora, claim in zip(loras, each) if claim.base)
     notes = [f"{unused} is no LoRA of this image" for unused in claims.unused]
     notes += [*in_words(claims), not_heeded(generation.settings.method, each)]
     notes += left_out([lora.name for lora in loras], each)
