@@ -58,7 +58,7 @@ class Claim:
     on its claim. ``steps``: the fractions of the steps between which it takes part. ``mask``: where it may act, in the
     form of `masks`; with a place, where both say so. ``words``: its trigger words, by phrases; none where they are not
     known. ``base``: it is in every pass, and claims nothing. ``yields``: where it is not clearly at home it leaves the
-    image to those that are. ``images``: of each of a batch's images, whether it takes part; None: in all.
+    image to who is in every pass. ``images``: of each of a batch's images, whether it takes part; None: in all.
     """
 
     at: Box | None = None
@@ -247,7 +247,7 @@ def claims_of(settings: Any, tagged: Sequence[Tagged]) -> Claims:
     return Claims(tuple(claims), tuple(unused), names(styles), names(backgrounds))
 
 
-STYLE, BACKGROUND = "a style", "the background"
+STYLE, BACKGROUND = "style", "background"
 
 
 def in_every_pass(
@@ -294,9 +294,11 @@ def kinds_of(tagged: Sequence[Tagged], claims: Sequence[Claim]) -> list[str]:
 
 def in_words(claims: Claims) -> list[str]:
     """What is to be said of those that are in every pass as styles or as the background."""
-    kinds = [*((name, STYLE) for name in claims.styles), *((name, BACKGROUND) for name in claims.backgrounds)]
-    why = "and so in every pass (base=0 in its tag, or styles, says otherwise)"
-    return [f"{name} is {kind}, {why}" for name, kind in kinds]
+    otherwise = "(base=0 in its tag, or styles, says otherwise)"
+    return [
+        *(f"{name} is a style, and so in every pass {otherwise}" for name in claims.styles),
+        *(f"{name} is the background, and so in every pass {otherwise}" for name in claims.backgrounds),
+    ]
 
 
 # --- what prompts ask for ---------------------------------------------------------------------------------------------

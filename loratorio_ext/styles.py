@@ -26,9 +26,9 @@ def is_style(path: str, phrases: Iterable[str]) -> bool:
     return says_style(words(path)) or by_words
 
 
-SETTINGS = {"background", "backgrounds", "scenery", "landscape", "landscapes", "cityscape", "environment"}
+BACKDROPS = {"background", "backgrounds", "scenery", "landscape", "landscapes", "cityscape", "environment"}
 """Words that speak of a background wherever they stand."""
-SURROUNDINGS = SETTINGS | {
+SURROUNDINGS = BACKDROPS | {
     *("town", "city", "village", "street", "alley", "market", "harbor", "harbour", "ruins", "skyline", "rooftop"),
     *("forest", "woods", "jungle", "meadow", "field", "garden", "park", "desert", "mountains", "valley", "canyon"),
     *("beach", "sea", "ocean", "lake", "river", "swamp", "cave", "sky", "aurora", "snowfield"),
@@ -41,4 +41,4 @@ def is_background(path: str, phrases: Iterable[str]) -> bool:
     """Whether a LoRA's path below the LoRA folder says so, or each of its trigger words, by phrases, if it has any."""
     phrases = [words(phrase) for phrase in phrases]
     by_words = bool(phrases) and all(found and found[-1] in SURROUNDINGS for found in phrases)
-    return not SETTINGS.isdisjoint(words(path)) or by_words
+    return not BACKDROPS.isdisjoint(words(path)) or by_words

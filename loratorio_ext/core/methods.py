@@ -242,7 +242,8 @@ class LoRAtorio:
             score = -at_least_typical(relative)
             alone = softmin_weights(score, temperature, log_claim=log_claim)
             log_claim = log_claim + log_neighbourhood(alone, self.cells)
-        weights = softmin_weights(score, temperature, log_claim=log_claim)[: len(relative) - rest]
+        weights = softmin_weights(score, temperature, log_claim=log_claim)
+        weights = weights[:-1] if rest else weights
         return weights if prior is None else weights * coverage(prior * chosen)
 
     def combine(self, predictions: Predictions) -> ComposedStep:
