@@ -144,10 +144,11 @@ def acts_at(claim, progress):
 
 
 @torch.no_grad()
-def reference(family, files, weights, method, options, call=None, sampler="DDIM", parts=()):
+def reference(family, files, weights, method, options, call=None, sampler="DDIM", parts=(), rest=False):
     """Latents by a plain loop: a pipeline for every LoRA, the oracle's composition, guidance, the scheduler's step.
 
-    ``parts``: of each LoRA's claim; those in every pass are in the base's pipeline and in all others."""
+    ``parts``: of each LoRA's claim; those in every pass are in the base's pipeline and in all others. ``rest``: what
+    the others are not clearly at home in is the base's."""
     claims = [Claim.of(each) for each in parts or [{}] * len(files)]
 
     def holding(*loras):
@@ -206,8 +207,9 @@ def reference(family, files, weights, method, options, call=None, sampler="DDIM"
                 )
                 rows = range(images)
                 relative = momentum(eps, eps_base, options, members)
+                claimed = (place, share, base_cond, relative, rest)
                 cond, uncond, _ = oracle.loratorio(
-                    eps, eps_base, conds, unconds, base_uncond, rows, options, None, place, share, base_cond, relative
+                    eps, eps_base, conds, unconds, base_uncond, rows, options, None, *claimed
                 )
         out = oracle.guide(cond, uncond, range(images), [1] * images, call["guidance_scale"]) if guided else cond
         x = scheduler.step(torch.from_numpy(np.asarray(out)).to(x), t, x).prev_sample
@@ -230,13 +232,24 @@ def relative_error(actual, expected):
 
 
 def check(
-    pipes, files, family="sd1", method="loratorio", call=None, sampler="DDIM", weights=WEIGHTS, parts=(), **options
+    pipes,
+    files,
+    family="sd1",
+    method="loratorio",
+    call=None,
+    sampler="DDIM",
+    weights=WEIGHTS,
+    parts=(),
+    told=(),
+    **options,
 ):
+    """``told``: what the package is told instead of ``parts``, where it is to find out who is in every pass and that
+    the rest is theirs."""
     options = {**OPTIONS, **options} if method == "loratorio" else options
-    expected = reference(family, files, weights, method, options, call, sampler, parts)
+    expected = reference(family, files, weights, method, options, call, sampler, parts, rest=bool(told))
     pipe = pipes[family]
     loras = loras_of(pipe, files, weights)
-    loras = [replace(lora, parts=each) for lora, each in zip(loras, parts)] if parts else loras
+    loras = [replace(lora, parts=each) for lora, each in zip(loras, told or parts)] if parts else loras
     before = pipe.scheduler
     pipe.scheduler = scheduler_for(pipe, sampler)
     try:
@@ -295,6 +308,27 @@ class TestAgainstPeft:
 
     def test_one_image_of_one_lora(self, pipes, files):
         check(pipes, files["sd1"][:1], call={"prompt": ["a cat"], "negative": [""]})
+
+
+class TestSurroundings:
+    @pytest.mark.parametrize("words", ["oil style", "bamboo forest"])
+    @pytest.mark.parametrize("family", ["sd1", "sdxl"])
+    def test_the_rest_is_left_to_who_is_in_every_pass(self, pipes, files, family, words):
+        told = [{"words": words}, *[{}] * (len(WEIGHTS) - 1)]
+        check(pipes, files[family], family, parts=[EVERYWHERE, *told[1:]], told=told)
+
+    def test_to_one_lora_and_with_a_place_and_whole_regions(self, pipes, files):
+        two, options = files["sd1"][:2], {"regions": True, "patches": "sliding", "momentum": 0.5}
+        told = [{"words": "oil style"}, {"at": "left"}]
+        check(pipes, two, weights=WEIGHTS[:2], parts=[EVERYWHERE, told[1]], told=told, **options)
+
+    def test_a_step_tells_who_is_in_every_pass(self, pipes, files):
+        pipe, seen = pipes["sd1"], []
+        first, *others = loras_of(pipe, files["sd1"])
+        generate(pipe, [replace(first, parts={"words": "town"}), *others], on_step=seen.append)
+        assert {step.everywhere for step in seen} == {(first.name,)}
+        generate(pipe, [first, *others], on_step=seen.append)
+        assert seen[-1].everywhere == ()
 
 
 LEFT, RIGHT = {"at": "left"}, {"at": "0.5-0-1-1", "share": 2.0}

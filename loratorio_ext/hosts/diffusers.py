@@ -195,18 +195,18 @@ class Step:
     """What one denoising step came to, on the CPU.
 
     ``timestep``: as the denoiser is given it. ``plan``: the evaluations it took, whose numbers are those of ``loras``,
-    the names of all that compete; ``everywhere``: of those in every pass. ``similarity [E, R, h, w]`` of the E LoRAs
-    that were ``evaluated``, and ``weights [M, R, h, w]`` of the M ``members`` that took part, patch by patch, where the
-    method has them; gates, with that `combination`, which need not add up to 1.
+    the names of all that compete. ``similarity [E, R, h, w]`` of the E LoRAs that were ``evaluated``, and ``weights
+    [M, R, h, w]`` of the M ``members`` that took part, patch by patch, where the method has them; gates, with that
+    `combination`, which need not add up to 1. ``everywhere``: the names of those in every pass.
     """
 
     index: int
     timestep: float
     plan: Plan
     loras: tuple[str, ...]
-    everywhere: tuple[str, ...] = ()
     similarity: Tensor | None = None
     weights: Tensor | None = None
+    everywhere: tuple[str, ...] = ()
 
     @property
     def members(self) -> list[str]:
@@ -404,14 +404,13 @@ class Composition(ModelHook):
 
     def done(self, step: UnderWay, weights: Tensor | None) -> None:
         """Keep what a step came to, and tell of it."""
-        seen = {}
+        seen = {"everywhere": tuple(lora.name for lora in self.everywhere)}
         if weights is not None:
             eps, eps_base = step.predictions.eps, step.predictions.eps_base
             similarity = 1 - DIVERGENCE[self.settings.patches](eps, eps_base, self.settings.patch_size)
-            seen = {"similarity": similarity.cpu(), "weights": weights.cpu()}
+            seen |= {"similarity": similarity.cpu(), "weights": weights.cpu()}
         names = tuple(lora.name for lora in self.loras)
-        around = tuple(lora.name for lora in self.everywhere)
-        self.steps.append(Step(len(self.steps), float(step.timestep.flatten()[0]), step.plan, names, around, **seen))
+        self.steps.append(Step(len(self.steps), float(step.timestep.flatten()[0]), step.plan, names, **seen))
         if self.on_step is not None:
             self.on_step(self.steps[-1])
 
