@@ -236,51 +236,20 @@ def claims_of(settings: Any, tagged: Sequence[Tagged]) -> Claims:
         replace(Claim.of(parts), words=phrases(parts["words"]) if "words" in parts else each.words)
         for parts, each in zip(said, tagged)
     ]
-    styles, backgrounds = in_every_pass(settings, tagged, said, claims)
-    claims = [replace(claim, base=claim.base or number in styles | backgrounds) for number, claim in enumerate(claims)]
-    if leaves_the_rest(settings, tagged, claims):
+    kinds = kinds_of(tagged, claims)
+    free = [not tag.pooled and parts.keys() <= {"words"} for tag, parts in zip(tagged, said)]
+    joining = in_every_pass(settings, claims, kinds, free)
+    claims = [replace(claim, base=claim.base or joins) for claim, joins in zip(claims, joining)]
+    if leaves_the_rest(settings, claims, kinds):
         claims = [replace(claim, yields=not claim.base) for claim in claims]
 
-    def names(numbers: set[int]) -> tuple[str, ...]:
-        return tuple(tagged[number].lora.name for number in sorted(numbers))
+    def joined(as_kind: str) -> tuple[str, ...]:
+        return tuple(tag.lora.name for tag, kind, joins in zip(tagged, kinds, joining) if joins and kind == as_kind)
 
-    return Claims(tuple(claims), tuple(unused), names(styles), names(backgrounds))
+    return Claims(tuple(claims), tuple(unused), joined(STYLE), joined(BACKGROUND))
 
 
 STYLE, BACKGROUND = "style", "background"
-
-
-def in_every_pass(
-    settings: Any, tagged: Sequence[Tagged], said: Sequence[Mapping[str, Any]], claims: Sequence[Claim]
-) -> tuple[set[int], set[int]]:
-    """Which of the active LoRAs, by their numbers, are in every pass since they are styles, or since one of them is the
-    background; of them nothing else is said.
-
-    Only if others are left that compete; not of a pool's, whom the prompt's words choose, nor where such words are
-    asked of every LoRA: who is in every pass is not asked. A background only if it is the one there is, and nobody else
-    of either kind is in every pass: each more that is merged there disturbs the others.
-    """
-    if settings.styles == "compete" or settings.method != "loratorio" or settings.unnamed == "drop":
-        return set(), set()
-    free = [not tag.pooled and parts.keys() <= {"words"} for tag, parts in zip(tagged, said)]
-    kinds = kinds_of(tagged, claims)
-    styles = {number for number, kind in enumerate(kinds) if kind == STYLE and free[number]}
-    backgrounds = {number for number, kind in enumerate(kinds) if kind == BACKGROUND and free[number]}
-    taken = styles or any(claim.base and kind for claim, kind in zip(claims, kinds))
-    if settings.styles != "surroundings" or taken or len(backgrounds) > 1:
-        backgrounds = set()
-    compete = any(not claim.base and number not in styles | backgrounds for number, claim in enumerate(claims))
-    return (styles, backgrounds) if compete else (set(), set())
-
-
-def leaves_the_rest(settings: Any, tagged: Sequence[Tagged], claims: Sequence[Claim]) -> bool:
-    """Whether what nobody is clearly at home in is left to those in every pass: a style or a background is among them,
-    and no background competes."""
-    if settings.styles != "surroundings" or settings.method != "loratorio":
-        return False
-    known = list(zip(claims, kinds_of(tagged, claims)))
-    rival = any(kind == BACKGROUND and not claim.base for claim, kind in known)
-    return not rival and any(claim.base and kind for claim, kind in known)
 
 
 def kinds_of(tagged: Sequence[Tagged], claims: Sequence[Claim]) -> list[str]:
@@ -290,6 +259,36 @@ def kinds_of(tagged: Sequence[Tagged], claims: Sequence[Claim]) -> list[str]:
         return STYLE if is_style(path, words) else BACKGROUND if is_background(path, words) else ""
 
     return [kind(tag.lora.path, claim.words) for tag, claim in zip(tagged, claims)]
+
+
+def in_every_pass(settings: Any, claims: Sequence[Claim], kinds: Sequence[str], free: Sequence[bool]) -> Sequence[bool]:
+    """Of each active LoRA, whether it is in every pass since it is a style, or the background; only of those that are
+    ``free``: they have a tag, and nothing else is said of them.
+
+    Only if others are left that compete; not of a pool's, whom the prompt's words choose, nor where such words are
+    asked of every LoRA: who is in every pass is not asked. A background only if it is the one there is, and nobody else
+    of either kind is in every pass: each more that is merged there disturbs the others.
+    """
+    nobody = [False] * len(claims)
+    if settings.styles == "compete" or settings.method != "loratorio" or settings.unnamed == "drop":
+        return nobody
+    styles, backgrounds = ([each == kind and may for each, may in zip(kinds, free)] for kind in (STYLE, BACKGROUND))
+    taken = any(styles) or any(claim.base and kind for claim, kind in zip(claims, kinds))
+    if settings.styles != "surroundings" or taken or sum(backgrounds) > 1:
+        backgrounds = nobody
+    found = [style or background for style, background in zip(styles, backgrounds)]
+    compete = any(not claim.base and not joins for claim, joins in zip(claims, found))
+    return found if compete else nobody
+
+
+def leaves_the_rest(settings: Any, claims: Sequence[Claim], kinds: Sequence[str]) -> bool:
+    """Whether what nobody is clearly at home in is left to those in every pass: a style or a background is among them,
+    and no background competes."""
+    if settings.styles != "surroundings" or settings.method != "loratorio":
+        return False
+    known = list(zip(claims, kinds))
+    rival = any(kind == BACKGROUND and not claim.base for claim, kind in known)
+    return not rival and any(claim.base and kind for claim, kind in known)
 
 
 def in_words(claims: Claims) -> list[str]:

@@ -5,7 +5,7 @@ while the next one is not. So it belongs into every pass. A background is what a
 pass they are painted into it, and not into surroundings of their own. A guess: what is not told is not taken for one.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from loratorio_ext.sampling_loras import words
 
@@ -19,11 +19,15 @@ def says_style(found: Sequence[str]) -> bool:
     return any(not index or found[index - 1] not in WORN for index in at)
 
 
+def each_says(phrases: Iterable[str], says: Callable[[Sequence[str]], bool]) -> bool:
+    """Whether there are phrases, and the words of every one say so."""
+    found = [words(phrase) for phrase in phrases]
+    return bool(found) and all(map(says, found))
+
+
 def is_style(path: str, phrases: Iterable[str]) -> bool:
     """Whether a LoRA's path below the LoRA folder says so, or each of its trigger words, by phrases, if it has any."""
-    phrases = tuple(phrases)
-    by_words = bool(phrases) and all(says_style(words(phrase)) for phrase in phrases)
-    return says_style(words(path)) or by_words
+    return says_style(words(path)) or each_says(phrases, says_style)
 
 
 BACKDROPS = {"background", "backgrounds", "scenery", "landscape", "landscapes", "cityscape", "environment"}
@@ -39,6 +43,5 @@ SURROUNDINGS = BACKDROPS | {
 
 def is_background(path: str, phrases: Iterable[str]) -> bool:
     """Whether a LoRA's path below the LoRA folder says so, or each of its trigger words, by phrases, if it has any."""
-    phrases = [words(phrase) for phrase in phrases]
-    by_words = bool(phrases) and all(found and found[-1] in SURROUNDINGS for found in phrases)
-    return not BACKDROPS.isdisjoint(words(path)) or by_words
+    by_path = not BACKDROPS.isdisjoint(words(path))
+    return by_path or each_says(phrases, lambda found: not SURROUNDINGS.isdisjoint(found[-1:]))
