@@ -92,6 +92,10 @@ class Claim:
         places += [] if self.mask is None else [mask_place(self.mask, height, width)]
         return torch.stack(places).prod(dim=0) if places else None
 
+    def acts_in(self, image: int) -> bool:
+        """Whether the LoRA takes part in an image of the batch."""
+        return self.images is None or self.images[image]
+
     def acts_at(self, progress: float) -> bool:
         """Whether the LoRA takes part when the share ``progress`` of the steps is done: from the first fraction up to
         the last, if in any image."""
@@ -115,7 +119,7 @@ def place_of(
     whole = torch.stack([torch.ones(height, width) if place is None else place for place in places])
     if not in_some:
         return whole
-    rows = [[claim.images is None or claim.images[image] for image in image_of_row] for claim in claims]
+    rows = [[claim.acts_in(image) for image in image_of_row] for claim in claims]
     return whole.unsqueeze(1) * torch.tensor(rows).float()[..., None, None]
 
 
@@ -125,12 +129,22 @@ def share_of(claims: Iterable[Claim]) -> Tensor | None:
     return None if all(share == 1 for share in shares) else torch.tensor(shares)
 
 
-def places_and_shares(claims: Sequence[Claim], like: Tensor, image_of_row: Sequence[int]) -> dict[str, Any]:
+def rest_of(claims: Sequence[Claim], image_of_row: Sequence[int]) -> Tensor | None:
+    """Of R rows, whose images ``image_of_row`` are, which leave to those in every pass what nobody is clearly at home
+    in, ``[R]``: where all yield who take part in the image; None: no row."""
+    rows = [all(claim.yields for claim in claims if claim.acts_in(image)) for image in image_of_row]
+    return torch.tensor(rows) if claims and any(rows) else None
+
+
+def places_and_shares(claims: Sequence[Claim], like: Tensor, image_of_row: Sequence[int]) -> dict[str, Tensor | None]:
     """``place``, ``share`` and ``rest`` of `Predictions`, in latents of the size and on the device of ``like [..., H,
-    W]``."""
-    found = {"place": place_of(claims, *like.shape[-2:], image_of_row), "share": share_of(claims)}
-    on_device = {name: None if each is None else each.to(like.device) for name, each in found.items()}
-    return {**on_device, "rest": any(claim.yields for claim in claims)}
+    W]``; of the claims of those who take part in a step."""
+    found = {
+        "place": place_of(claims, *like.shape[-2:], image_of_row),
+        "share": share_of(claims),
+        "rest": rest_of(claims, image_of_row),
+    }
+    return {name: None if each is None else each.to(like.device) for name, each in found.items()}
 
 
 def not_heeded(method: str, claims: Iterable[Claim]) -> str | None:
@@ -240,8 +254,7 @@ def claims_of(settings: Any, tagged: Sequence[Tagged]) -> Claims:
     free = [not tag.pooled and parts.keys() <= {"words"} for tag, parts in zip(tagged, said)]
     joining = in_every_pass(settings, claims, kinds, free)
     claims = [replace(claim, base=claim.base or joins) for claim, joins in zip(claims, joining)]
-    if leaves_the_rest(settings, claims, kinds):
-        claims = [replace(claim, yields=not claim.base) for claim in claims]
+    claims = [replace(claim, yields=each) for claim, each in zip(claims, yielding(settings, claims, kinds))]
 
     def joined(as_kind: str) -> tuple[str, ...]:
         return tuple(tag.lora.name for tag, kind, joins in zip(tagged, kinds, joining) if joins and kind == as_kind)
@@ -281,14 +294,12 @@ def in_every_pass(settings: Any, claims: Sequence[Claim], kinds: Sequence[str], 
     return found if compete else nobody
 
 
-def leaves_the_rest(settings: Any, claims: Sequence[Claim], kinds: Sequence[str]) -> bool:
-    """Whether what nobody is clearly at home in is left to those in every pass: a style or a background is among them,
-    and no background competes."""
-    if settings.styles != "surroundings" or settings.method != "loratorio":
-        return False
-    known = list(zip(claims, kinds))
-    rival = any(kind == BACKGROUND and not claim.base for claim, kind in known)
-    return not rival and any(claim.base and kind for claim, kind in known)
+def yielding(settings: Any, claims: Sequence[Claim], kinds: Sequence[str]) -> list[bool]:
+    """Of each active LoRA, whether it leaves what it is not clearly at home in to those in every pass: if a style or a
+    background is among these, every other but a background that competes."""
+    heeded = settings.styles == "surroundings" and settings.method == "loratorio"
+    around = heeded and any(claim.base and kind for claim, kind in zip(claims, kinds))
+    return [around and not claim.base and kind != BACKGROUND for claim, kind in zip(claims, kinds)]
 
 
 def in_words(claims: Claims) -> list[str]:

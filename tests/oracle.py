@@ -332,8 +332,9 @@ def loratorio(
 
     ``mask [N,R,h,w]``: who takes part, where that was settled in an earlier step. ``place [N,H,W]``: where everyone may
     act, the rest is ``base_cond [R,C,H,W]`` and ``base_uncond``; ``share [N]``: a factor on everyone's claim.
-    ``relative [N,R,h,w]``: the relative divergences, where earlier steps have a part in them. ``rest``: the base
-    competes as well, like one more LoRA, and what it wins is ``base_cond`` and ``base_uncond``.
+    ``relative [N,R,h,w]``: the relative divergences, where earlier steps have a part in them. ``rest``: whether
+    the base competes as well, like one more LoRA, in all rows or ``[R]``; what it wins is ``base_cond`` and
+    ``base_uncond``.
     """
     p = options["patch_size"]
     similarity = SIMILARITY[options["patches"]](eps, eps_base, p)
@@ -353,10 +354,10 @@ def loratorio(
     else:
         tau = options["temperature"]
         claim, rivals = np.stack([share_of[i] * prior[i] for i in range(n)]), mask
-        if rest:
+        if np.any(rest):
             relative = np.concatenate([relative, of_rest(relative, mask)])
             claim = np.concatenate([claim, np.ones((1, h, w))])
-            rivals = np.concatenate([mask, np.ones((1, *mask.shape[1:]), bool)])
+            rivals = np.concatenate([mask, np.broadcast_to(np.reshape(rest, (1, -1, 1, 1)), mask[:1].shape)])
         if options["temperature_mode"] == "adaptive":
             tau = adaptive_temperature(-relative, tau, rivals)
         if options["regions"]:
@@ -368,7 +369,7 @@ def loratorio(
     if gated:
         composed = gated_sum(cond, pixels, base_cond)
     else:
-        composed = compose(cond, pixels, base_cond if rest or not everywhere else None)
+        composed = compose(cond, pixels, base_cond if np.any(rest) or not everywhere else None)
     if base_uncond is None:
         return composed, None, weights
     base_share = options["base_share"]
@@ -384,7 +385,7 @@ def loratorio(
     if gated:
         composed_uncond = gated_sum(uncond, of_image, base_uncond)
     else:
-        composed_uncond = compose(uncond, of_image, base_uncond if rest or not everywhere else None)
+        composed_uncond = compose(uncond, of_image, base_uncond if np.any(rest) or not everywhere else None)
     return composed, recenter(base_uncond, composed_uncond, base_share), weights
 
 

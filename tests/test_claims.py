@@ -505,6 +505,13 @@ class TestStyles:
         assert self.everywhere(claims("zorg:1", oil, everywhere=["oil"])) == [False, True]
 
 
+def rest_left_by(each, image_of_row=(0,), progress=0.0):
+    """Of each row, whether those who take part in a step leave the rest to those in every pass."""
+    acting = [claim for claim in each if not claim.base and claim.acts_at(progress)]
+    rest = places_and_shares(acting, torch.zeros(len(image_of_row), 4, 8, 8), image_of_row)["rest"]
+    return [False] * len(image_of_row) if rest is None else rest.tolist()
+
+
 class TestBackgrounds:
     TOWN = "town:1:words=skyline town"
     OIL = TestStyles.OIL
@@ -513,43 +520,42 @@ class TestBackgrounds:
 
     @staticmethod
     def told(*given, **options):
-        """Who is in every pass, and who of the others leaves the rest to that."""
+        """Who is in every pass, and whether the others leave the rest to those."""
         found = claims(*given, **options).each
-        return [claim.base for claim in found], [claim.yields for claim in found]
+        return [claim.base for claim in found], rest_left_by(found) == [True]
 
     def test_the_one_there_is_is_in_every_pass_and_is_named(self):
         found = claims("zorg:1", self.TOWN, "comet:1")
         assert [claim.base for claim in found.each] == [False, True, False]
-        assert [claim.yields for claim in found.each] == [True, False, True]
         assert found.backgrounds == ("town",) and found.styles == ()
         assert in_words(found) == [
             "town is the background, and so in every pass (base=0 in its tag, or styles, says otherwise)"
         ]
 
     def test_beside_a_style_it_competes_and_nothing_is_left_to_the_style(self):
-        assert self.told("zorg:1", self.TOWN, self.OIL) == ([False, False, True], [False] * 3)
-        assert self.told("zorg:1", self.TOWN, self.OIL_BY_HAND) == ([False, False, True], [False] * 3)
+        assert self.told("zorg:1", self.TOWN, self.OIL) == ([False, False, True], False)
+        assert self.told("zorg:1", self.TOWN, self.OIL_BY_HAND) == ([False, False, True], False)
 
     def test_of_two_both_compete(self):
         beach = tagged("beach:1", path="backgrounds/beach")
-        assert self.told("zorg:1", self.TOWN, beach) == ([False] * 3, [False] * 3)
-        assert self.told("zorg:1", self.TOWN_BY_HAND, beach) == ([False, True, False], [False] * 3)
+        assert self.told("zorg:1", self.TOWN, beach) == ([False] * 3, False)
+        assert self.told("zorg:1", self.TOWN_BY_HAND, beach) == ([False, True, False], False)
 
     def test_to_a_style_alone_the_rest_is_left(self):
-        assert self.told("zorg:1", self.OIL) == ([False, True], [True, False])
-        assert self.told("zorg:1", self.OIL_BY_HAND) == ([False, True], [True, False])
-        assert self.told("zorg:1", tagged("oil_style:1"), everywhere=["oil_style"]) == ([False, True], [True, False])
+        assert self.told("zorg:1", self.OIL) == ([False, True], True)
+        assert self.told("zorg:1", self.OIL_BY_HAND) == ([False, True], True)
+        assert self.told("zorg:1", tagged("oil_style:1"), everywhere=["oil_style"]) == ([False, True], True)
 
     def test_to_others_in_every_pass_nothing_is(self):
-        assert self.told("zorg:1", "lcm:1:base=1") == ([False, True], [False, False])
+        assert self.told("zorg:1", "lcm:1:base=1") == ([False, True], False)
 
     @pytest.mark.parametrize("part", ["at=left", "share=2", "steps=0-0.5", "base=0"])
     def test_what_is_said_of_it_goes_before(self, part):
-        assert self.told("zorg:1", f"{self.TOWN}:{part}") == ([False, False], [False, False])
+        assert self.told("zorg:1", f"{self.TOWN}:{part}") == ([False, False], False)
 
     def test_where_nobody_else_competes_it_does(self):
-        assert self.told(self.TOWN) == ([False], [False])
-        assert self.told(self.TOWN, "lcm:1:base=1") == ([False, True], [False, False])
+        assert self.told(self.TOWN) == ([False], False)
+        assert self.told(self.TOWN, "lcm:1:base=1") == ([False, True], False)
 
     @pytest.mark.parametrize(
         "options, of_style",
@@ -566,13 +572,26 @@ class TestBackgrounds:
 
     def test_one_of_a_pool_competes(self):
         town = Tagged(lora("town"), words=("skyline town",), pooled=True)
-        assert self.told("zorg:1", town) == ([False, False], [False, False])
-        assert self.told("zorg:1", town, self.OIL) == ([False, False, True], [False] * 3)
+        assert self.told("zorg:1", town) == ([False, False], False)
+        assert self.told("zorg:1", town, self.OIL) == ([False, False, True], False)
+
+    def test_who_takes_no_part_keeps_nothing(self):
+        """A background of a pool that the prompt does not name, or whose steps are over, holds up nobody."""
+        town = Tagged(lora("town"), words=("skyline town",), pooled=True)
+        found = claims("zorg:1", town, self.OIL).each
+        prompts = ["zorg, oil style", "zorg, skyline town, oil style", "oil style"]
+        assert rest_left_by(found) == [False]
+        assert rest_left_by(heeding(found, [False, True, False], prompts[:1], "drop_pooled")) == [True]
+        heeded = heeding(found, [False, True, False], prompts, "drop_pooled")
+        assert rest_left_by(heeded, image_of_row=(0, 1, 1, 2)) == [True, False, False, True]
+        timed = claims("zorg:1", f"{self.TOWN}:steps=0-0.5", self.OIL).each
+        assert rest_left_by(timed, progress=0.2) == [False] and rest_left_by(timed, progress=0.7) == [True]
 
     def test_the_method_is_told(self):
         claimed = places_and_shares(claims("zorg:1", self.TOWN).each[:1], torch.zeros(1, 4, 8, 8), (0,))
-        assert claimed == {"place": None, "share": None, "rest": True}
-        assert not places_and_shares(claims("zorg:1").each, torch.zeros(1, 4, 8, 8), (0,))["rest"]
+        assert claimed["rest"].tolist() == [True] and claimed["place"] is claimed["share"] is None
+        for nobody in ([], claims("zorg:1").each):
+            assert places_and_shares(nobody, torch.zeros(1, 4, 8, 8), (0,))["rest"] is None
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def expected(predictions, chosen, mask=None):
         mask,
         *(maybe(each) for each in (predictions.place, predictions.share)),
         exact(predictions.host_cond),
-        rest=predictions.rest,
+        rest=False if predictions.rest is None else predictions.rest.numpy(),
     )
 
 

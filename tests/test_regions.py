@@ -21,7 +21,7 @@ def whole(**changed):
     return core.LoRAtorio(**options(regions=True, temperature_mode="adaptive", patches="sliding", **changed))
 
 
-def weights_of(relative, rest=False, **changed):
+def weights_of(relative, rest=None, **changed):
     return whole(**changed).weights(relative, None, relative=relative, rest=rest)
 
 
@@ -114,15 +114,24 @@ class TestTheRest:
         chosen["combination"] = "shares"
         place = data.draw(st.one_of(st.none(), places(n))) if n else None
         share = data.draw(st.one_of(st.none(), shares(n))) if n else None
-        predictions = replace(step(n, rows, seed), place=place, share=share, rest=True)
+        rest = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows))))
+        predictions = replace(step(n, rows, seed), place=place, share=share, rest=rest)
         if n:
             assert_agree(core.LoRAtorio(**chosen).combine(predictions), expected(predictions, chosen))
         else:
             assert torch.equal(core.LoRAtorio(**chosen).combine(predictions).cond, predictions.host_cond)
 
     def test_what_nobody_is_clearly_at_home_in_is_the_base_models(self):
-        weights = weights_of(scene()[1:], rest=True)[0, 0]
+        weights = weights_of(scene()[1:], rest=torch.tensor([True]))[0, 0]
         assert weights[-3:, -3:].min() > 0.95 and weights[:6].max() < 0.05
+
+    def test_rows_are_asked_one_by_one(self):
+        """So that an image does not depend on who else is in its batch."""
+        relative = scene().expand(2, 2, SIZE, SIZE)
+        found = weights_of(relative, rest=torch.tensor([True, False]))
+        assert torch.equal(found[:, :1], weights_of(scene(), rest=torch.tensor([True])))
+        assert_close(found[:, 1:], weights_of(scene()).double().numpy())
+        assert found[:, 0].sum(dim=0).min() < 0.5
 
     def test_it_is_to_be_beaten_by_a_multiple_of_the_mean(self):
         relative = torch.ones(1, 1, SIZE, SIZE)
@@ -134,11 +143,14 @@ class TestTheRest:
     def test_a_place_is_no_way_around_it(self):
         place = torch.zeros(1, SIZE, SIZE)
         place[:, -4:] = 1
-        predictions = replace(step(1, (0,), size=(SIZE, SIZE)), place=place, relative=scene()[1:], rest=True)
+        predictions = replace(
+            step(1, (0,), size=(SIZE, SIZE)), place=place, relative=scene()[1:], rest=torch.tensor([True])
+        )
         weights = whole().combine(predictions).weights[0, 0]
         assert (weights[:-4] == 0).all() and weights[-3:, -3:].min() > 0.95 and weights[-3:, :6].max() < 0.05
 
     def test_gates_need_no_such_rival(self):
         predictions = step(3, (0, 1))
         method = core.LoRAtorio(**options(combination="gates"))
-        assert torch.equal(method.combine(predictions).cond, method.combine(replace(predictions, rest=True)).cond)
+        left = replace(predictions, rest=torch.tensor([True, False]))
+        assert torch.equal(method.combine(predictions).cond, method.combine(left).cond)

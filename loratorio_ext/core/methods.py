@@ -58,7 +58,8 @@ class Predictions:
     ``place [M, H, W]``, or ``[M, R, H, W]`` where rows differ, in [0, 1]: where in the image each of the plan's M
     members may act; None: everywhere.
     ``share [M]``, above 0: a factor on each member's claim; None: 1 for all.
-    ``rest``: whether the host's own pass knows the surroundings, and is at home where no member clearly is.
+    ``rest [R]``: of which rows the host's own pass knows the surroundings, and is at home where no member clearly is;
+    None: of none.
     """
 
     host_cond: Tensor
@@ -74,7 +75,7 @@ class Predictions:
     among: tuple[int, ...] | None = None
     place: Tensor | None = None
     share: Tensor | None = None
-    rest: bool = False
+    rest: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ class LoRAtorio:
         place: Tensor | None = None,
         share: Tensor | None = None,
         relative: Tensor | None = None,
-        rest: bool = False,
+        rest: Tensor | None = None,
     ) -> Tensor:
         """Patch weights Omega ``[N, R, h, w]``, or gates, from the predicted noise of LoRAs and base model.
 
@@ -212,7 +213,8 @@ class LoRAtorio:
         priors of the chosen, at most 1. So a LoRA alone has its prior as weight, halves with soft edges that meet leave
         no gap between them, and the rest is the base model's.
 
-        With ``rest`` the base model competes, too, in every patch alike (`of_rest`), and what it wins the weights lack.
+        In rows of ``rest [R]`` the base model competes, too, in every patch alike (`of_rest`), and what it wins the
+        weights lack.
         Gates need no such rival: who fades leaves the base model's prediction.
         """
         prior = self.prior(place)
@@ -229,10 +231,11 @@ class LoRAtorio:
         if prior is not None:
             log_claim = log_claim + prior.log()
         competing = chosen
-        if rest:
+        if rest is not None:
+            everyone = torch.ones_like(relative, dtype=torch.bool) if chosen is None else chosen
+            competing = torch.cat([everyone, rest.view(1, -1, 1, 1).expand_as(everyone[:1])])
             relative = torch.cat([relative, of_rest(relative, chosen)])
             log_claim = torch.cat([log_claim, torch.zeros_like(log_claim[:1])])
-            competing = None if chosen is None else torch.cat([chosen, torch.ones_like(chosen[:1])])
         score = -relative
         adaptive = self.temperature_mode == "adaptive"
         temperature = adaptive_temperature(score, self.temperature, competing) if adaptive else self.temperature
@@ -243,7 +246,7 @@ class LoRAtorio:
             alone = softmin_weights(score, temperature, log_claim=log_claim)
             log_claim = log_claim + log_neighbourhood(alone, self.cells)
         weights = softmin_weights(score, temperature, log_claim=log_claim)
-        weights = weights[:-1] if rest else weights
+        weights = weights if rest is None else weights[:-1]
         return weights if prior is None else weights * coverage(prior * chosen)
 
     def combine(self, predictions: Predictions) -> ComposedStep:
@@ -255,7 +258,8 @@ class LoRAtorio:
         if not len(cond):
             nobody = patch_mean(cond.new_zeros(0, len(predictions.host_cond), *size), self.side)
             return ComposedStep(predictions.host_cond, uncond, nobody.float())
-        with_base = predictions.place is not None or predictions.rest or self.combination == "gates"
+        partial = predictions.place is not None or predictions.rest is not None
+        with_base = partial or self.combination == "gates"
         weights = self.weights(
             predictions.eps,
             predictions.eps_base,

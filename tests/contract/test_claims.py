@@ -209,6 +209,18 @@ def test_a_pool_from_which_words_choose(contract):
     assert "unet_only takes no part: the prompt has none of its trigger words (zorg)" in named.infotext
 
 
+def test_a_background_that_takes_no_part_keeps_nothing_of_the_rest(contract):
+    """It is one of a pool's, which the prompt does not name; beside a style, which is in every pass."""
+    prompt = f"{CAT} <lora:rank_16_half:0.6:words=oil style> <lora:locon:0.8>"
+    pool = {"pool": ["unet_only:0.6"], "loras": {"unet_only": {"words": "skyline town"}}}
+    unnamed = contract.composed({**pool, "unnamed": "drop_pooled"}, prompt=prompt)
+    assert same(unnamed, contract.composed(prompt=prompt))
+    competing = contract.composed({**pool, "unnamed": "keep"}, prompt=prompt)
+    shared_out = contract.composed({**pool, "unnamed": "keep", "styles": "everywhere"}, prompt=prompt)
+    assert same(competing, shared_out)
+    assert mean(unnamed.images, competing.images) > 0.5
+
+
 @pytest.mark.parametrize("method", ["switch", "merge"])
 def test_a_method_that_knows_no_place_says_so(contract, method):
     composed = contract.composed({"method": method}, prompt=f"{CAT} <lora:lora:1:at=left> <lora:locon:0.8>")
