@@ -4,11 +4,8 @@
 
     ./dev evaluate --suite quick                # every method, a few images of each
     ./dev evaluate --suite ceiling              # what perfect information reaches, beside Merge and the defaults
-    ./dev evaluate --suite screen               # shares and gates beside them, on the same half
-    ./dev evaluate --suite sweep                # LoRAtorio's main options, on one half of the combinations
-    ./dev evaluate --suite details              # the others, likewise
-    ./dev evaluate --suite gates                # gates beside shares, patches, momentum, likewise
-    ./dev evaluate --suite every-gate --variants "gates q 4" "p 2"  # of all combinations of these, some
+    ./dev evaluate --suite sweep                # the defaults with one option otherwise, on the same half
+    ./dev evaluate --suite sweep --variants "p 2"   # some of these
     ./dev evaluate --suite confirm              # what did best, the defaults and the ceiling, on the other half
     ./dev evaluate --suite others               # other methods, baselines and turbo modes, likewise
     ./dev evaluate --suite soup                 # a baseline that learns for each of them
@@ -44,14 +41,10 @@ from benchmarks.report import write_report
 from benchmarks.variants import (
     BOUNDS,
     CONFIRM,
-    DETAILS,
-    EVERY_GATE,
     EVERYWHERE,
-    GATES,
     METHODS,
     OTHERS,
     POOL,
-    SCREEN,
     SOUP,
     SWEEP,
     TURBO,
@@ -81,11 +74,7 @@ class Suite:
 SUITES = {
     "quick": Suite("confirm", METHODS, images=2, combinations=10),
     "ceiling": Suite("choose", BOUNDS, images=4, wanted=96),
-    "screen": Suite("choose", SCREEN, images=2, groups=("2", "3", "4", "5"), wanted=96),
-    "sweep": Suite("choose", SWEEP, images=2),
-    "details": Suite("choose", DETAILS, images=2),
-    "gates": Suite("choose", GATES, images=2),
-    "every-gate": Suite("choose", EVERY_GATE, images=2),
+    "sweep": Suite("choose", SWEEP, images=2, groups=("2", "3", "4", "5")),
     "confirm": Suite("confirm", CONFIRM, images=2, wanted=96),
     "others": Suite("confirm", (*METHODS, *OTHERS, *TURBO), images=2),
     "soup": Suite("confirm", SOUP, images=2),

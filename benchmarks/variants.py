@@ -21,29 +21,6 @@ EVERY_PATCH = {"regions": False}
 """What is told of a patch decides there, and nothing else: the defaults without whole regions."""
 PATCH_BY_PATCH = {"patches": "grid", "momentum": 0.0, **EVERY_PATCH, **COMPETING}
 """Every patch and every step for itself, as in the paper."""
-CENTRE = {
-    **PATCH_BY_PATCH,
-    "method": "loratorio",
-    "patch_size": 2,
-    "temperature_mode": "adaptive",
-    "temperature": 0.3,
-    "relativity": 1.0,
-    "base_share": 0.5,
-}
-"""The point from which the sweep goes along each axis."""
-
-SWEEP = (
-    *({**PAPER, "temperature": tau} for tau in (1.0, 0.01)),
-    *({**CENTRE, "patch_size": p, "relativity": gamma} for p in (2, 4) for gamma in (0.0, 0.5, 1.0)),
-    *({**CENTRE, "temperature": kappa} for kappa in (0.1, 1.0)),
-    *({**CENTRE, "base_share": share} for share in (0.0, 1.0)),
-)
-DETAILS = (
-    *({**CENTRE, "patch_size": p, "upsampling": "bilinear"} for p in (2, 4)),
-    *({**CENTRE, "patch_size": p} for p in (1, 8)),
-    {**CENTRE, "patch_size": 4, "base_share": 0.25},
-    *({**PAPER, "temperature": tau, "patch_size": p} for tau, p in ((0.1, 4), (0.01, 2))),
-)
 TURBO = ({"preset": "balanced"}, {"preset": "fast"}, {"base_share": 1.0})
 METHODS = (MERGE, SWITCH, COMPOSITE, PAPER, {})
 OTHERS = ({BASELINE: "cmlora"}, *({BASELINE: "concatenated", "power": power} for power in (0.5, 1.0)))
@@ -59,40 +36,6 @@ POOL = (
     {**COMPETING, "unnamed": "drop"},
 )
 """Ways to deal with more LoRAs than the prompt names; a pool's styles compete."""
-
-GATED = {
-    **PATCH_BY_PATCH,
-    "combination": "gates",
-    "patch_size": 2,
-    "sharpness": 4.0,
-    "relativity": 1.0,
-    "base_share": 0.5,
-}
-"""The point from which gates are gone through, each axis by itself, beside shares with the same."""
-GATES = (
-    MERGE,
-    *({**CENTRE, "patch_size": p, "patches": patches} for p in (2, 4) for patches in ("grid", "sliding")),
-    *({**CENTRE, "momentum": momentum} for momentum in (0.5, 0.8)),
-    *({**GATED, "patch_size": p, "sharpness": q} for p in (2, 4) for q in (1.0, 2.0, 4.0, 8.0)),
-    *({**GATED, "patch_size": p, "patches": "sliding"} for p in (2, 4)),
-    *({**GATED, "momentum": momentum} for momentum in (0.5, 0.8)),
-    *({**GATED, "global_below": below} for below in (0.75, 1.2)),
-    *({**GATED, "relativity": gamma} for gamma in (0.0, 0.5)),
-    *({**GATED, "base_share": share} for share in (0.0, 1.0)),
-    {**GATED, "patches": "sliding", "momentum": 0.5},
-)
-EVERY_GATE = tuple(
-    {**start, "patch_size": p, "patches": patches, "momentum": momentum, **changed}
-    for p in (2, 4)
-    for patches in ("grid", "sliding")
-    for momentum in (0.0, 0.5, 0.8)
-    for start, changed in (
-        (CENTRE, {}),
-        *((GATED, {"sharpness": q, "global_below": g}) for q in (1.0, 2.0, 4.0, 8.0) for g in (0.0, 0.75, 1.2)),
-    )
-)
-"""All of them with one another."""
-
 
 TRUTH = {"true_renders": True}
 """No composition at all: the scene as the world's renderer draws it, to see what the judge says of that."""
@@ -114,24 +57,26 @@ CEILINGS = (
 FORMER_DEFAULTS = ({**EVERY_PATCH, **COMPETING}, {**EVERY_PATCH, **STYLES_ONLY}, STYLES_ONLY)
 """The defaults before styles were in every pass, before whole regions, and before surroundings were."""
 BOUNDS = (TRUTH, *CEILINGS, MERGE, *FORMER_DEFAULTS, {})
-SLIDING = {"patch_size": 2, "patches": "sliding"}
-SMOOTH = {**CENTRE, **SLIDING, "base_share": 0.25}
-PLACED = {**GATED, **SLIDING, "base_share": 0.25}
-SCREEN = (
-    REACHED,
-    MERGE,
-    *({**SMOOTH, "patch_size": p, "momentum": momentum} for p in (2, 4) for momentum in (0.0, 0.8)),
-    *({**SMOOTH, "patch_size": p, "momentum": 0.8, "temperature": 0.1} for p in (2, 4)),
-    *({**SMOOTH, "momentum": 0.8, "base_share": share} for share in (0.0, 0.5)),
-    *({**PLACED, "patch_size": p, "momentum": momentum} for p in (2, 4) for momentum in (0.0, 0.8)),
-    {**PLACED, "patch_size": 4, "base_share": 0.0},
-    {**PLACED, "patch_size": 4, "sharpness": 2.0},
-)
-"""What the first look at a world goes through, beside the ceiling."""
-FORMER = {**CENTRE, "patch_size": 4}
+FORMER = {**PATCH_BY_PATCH, "base_share": 0.5}
 """The first defaults on this world."""
+PLACED = {**COMPETING, "combination": "gates", "patch_size": 2, "momentum": 0.0}
+"""Gates as they did best then."""
 CONFIRM = (TRUTH, REACHED, MERGE, PAPER, FORMER, *FORMER_DEFAULTS, {}, PLACED)
 """What is confirmed: the defaults, what they were before, and gates."""
+SWEEP = (
+    REACHED,
+    {},
+    *({"patch_size": p} for p in (2, 8)),
+    *({"relativity": gamma} for gamma in (0.0, 0.5)),
+    *({"temperature": kappa} for kappa in (0.1, 1.0)),
+    {"temperature_mode": "fixed", "temperature": 0.1},
+    *({"base_share": share} for share in (0.0, 0.5)),
+    *({"patches": "grid", "upsampling": upsampling} for upsampling in ("nearest", "bilinear")),
+    *({"momentum": momentum} for momentum in (0.0, 0.9)),
+    EVERY_PATCH,
+    *({"combination": "gates", "sharpness": q} for q in (4.0, 2.0)),
+)
+"""The defaults with one option otherwise, beside the best use of perfect information."""
 
 NEEDS = {"reselect_every": "top_k"}
 """Options that mean nothing while another one is off, beside those that say so in the table."""
@@ -203,8 +148,6 @@ def variant_name(options: Options) -> str:
         words.append(f"momentum {settings.momentum:g}")
     if settings.matters(OPTION["regions"]):
         words.append("whole regions")
-    if gated and settings.global_below:
-        words.append(f"global below {settings.global_below:g}")
     if settings.top_k:
         words.append(f"top {settings.top_k} per {settings.selection_scope}")
         if settings.reselect_every > 1:

@@ -44,9 +44,9 @@ def presets() -> str:
 
 
 @cache
-def rows_of(suite: str) -> list[dict[str, Any]]:
-    """A suite's rows of scenes that name all of their LoRAs, as far as every way has painted them."""
-    rows = read_rows(RESULTS / f"{suite}.jsonl")
+def rows_of(*suites: str) -> list[dict[str, Any]]:
+    """The suites' rows of scenes that name all of their LoRAs, as far as every way has painted them."""
+    rows = [row for suite in suites for row in read_rows(RESULTS / f"{suite}.jsonl")]
     return painted_in_every_way([row for row in rows if not row["intruders"]])
 
 
@@ -64,7 +64,16 @@ def against_defaults() -> str:
 
 
 def others() -> str:
-    return overview_table(rows_of("others"))
+    return overview_table(rows_of("others", "soup"))
+
+
+def sweep() -> str:
+    return overview_table(rows_of("sweep"))
+
+
+def against_each_option() -> str:
+    """The defaults with one option otherwise against the defaults."""
+    return difference_table(rows_of("sweep"), SHIPPED_NAME)
 
 
 def price() -> str:
@@ -90,6 +99,8 @@ PAGES = {
         "confirm": confirm,
         "against the defaults": against_defaults,
         "with a style": with_a_style,
+        "sweep": sweep,
+        "against each option": against_each_option,
         "others": others,
         "price": price,
         "pool": pool,

@@ -516,20 +516,6 @@ OPTIONS = (
         needs="combination",
     ),
     Option(
-        "global_below",
-        0.0,
-        "Global below",
-        "LoRAs whose divergence varies less than this over the image (standard deviation over mean), such as styles "
-        "and backgrounds, are added in full and compete with nobody. 0: all compete. Gates only.",
-        group="Weights",
-        low=0.0,
-        high=8.0,
-        step=0.05,
-        methods=LORATORIO,
-        idle=0.0,
-        needs="combination",
-    ),
-    Option(
         "patches",
         "sliding",
         "Patches",

@@ -209,30 +209,20 @@ def neighbourhood(weights, reach):
     return out
 
 
-def coefficient_of_variation(values):
-    """Standard deviation over mean of an image's patches [h,w]; 0 of zeros."""
-    values = np.ravel(values)
-    mean = sum(values) / len(values)
-    return math.sqrt(sum((value - mean) ** 2 for value in values) / len(values)) / mean if mean > 0 else 0
-
-
-def gates(relative, q, mask, share, prior, global_below=0):
+def gates(relative, q, mask, share, prior):
     """[N,R,h,w] from r, the mask [N,R,h,w], share [N] and prior [N,h,w]: prior_i (c_i / max_j prior_j c_j)**q with
-    c = share r, at most prior_i; of those in the mask. A LoRA that is flat over the image has its prior and is nobody's
-    rival."""
+    c = share r, at most prior_i; of those in the mask."""
     n, rows, h, w = relative.shape
     out = np.zeros_like(relative)
     for j in range(rows):
-        spread = [coefficient_of_variation(relative[i, j]) for i in range(n)]
-        flat = [relative[i, j].any() and spread[i] < global_below for i in range(n)]
         for y in range(h):
             for x in range(w):
                 claim = [share[i] * relative[i, j, y, x] for i in range(n)]
                 members = [i for i in range(n) if mask[i, j, y, x]]
-                largest = max([prior[i, y, x] * claim[i] for i in members if not flat[i]], default=0)
+                largest = max([prior[i, y, x] * claim[i] for i in members], default=0)
                 for i in members:
                     ratio = min(1, claim[i] / largest) if largest > 0 else float(claim[i] > 0)
-                    out[i, j, y, x] = prior[i, y, x] * (1 if flat[i] else ratio**q)
+                    out[i, j, y, x] = prior[i, y, x] * ratio**q
     return out
 
 
@@ -350,7 +340,7 @@ def loratorio(
     if relative is None:
         relative = relative_divergence(similarity, options["relativity"])
     if gated:
-        weights = gates(relative, options["sharpness"], mask, share_of, prior, options["global_below"])
+        weights = gates(relative, options["sharpness"], mask, share_of, prior)
     else:
         tau = options["temperature"]
         claim, rivals = np.stack([share_of[i] * prior[i] for i in range(n)]), mask

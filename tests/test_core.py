@@ -521,7 +521,6 @@ def options(**changed):
         "selection_scope": "image",
         "combination": "shares",
         "sharpness": 4.0,
-        "global_below": 0.0,
         "patches": "grid",
         "regions": False,
     }
@@ -541,7 +540,6 @@ def method_options(draw):
         selection_scope=draw(st.sampled_from(["image", "patch"])),
         combination=draw(st.sampled_from(["shares", "gates"])),
         sharpness=draw(st.sampled_from([0.0, 0.5, 1.0, 4.0])),
-        global_below=draw(st.sampled_from([0.0, 0.0, 0.4, 8.0])),
         patches=draw(st.sampled_from(["grid", "grid", "sliding"])),
         regions=draw(st.booleans()),
     )
@@ -877,8 +875,8 @@ class TestMethodFromSettings:
             patches="grid", momentum=0.0, regions=False,
         )  # fmt: skip
         assert core.method_from(chosen) == core.LoRAtorio(7, 0.7, "adaptive", 0.25, 0.75, "bilinear", 3, "image")
-        gates = Settings(combination="gates", sharpness=2, global_below=0.5, patches="sliding", momentum=0.0)
-        wanted = {"combination": "gates", "sharpness": 2.0, "global_below": 0.5, "patches": "sliding"}
+        gates = Settings(combination="gates", sharpness=2, patches="sliding", momentum=0.0)
+        wanted = {"combination": "gates", "sharpness": 2.0, "patches": "sliding"}
         assert wanted.items() <= vars(core.method_from(gates)).items()
         carrying = core.method_from(Settings(momentum=0.5))
         assert isinstance(carrying, core.Momentum)

@@ -286,7 +286,7 @@ class TestAgainstPeft:
             {"top_k": 1, "selection_scope": "patch"},
             {"patch_size": 64},
             {"combination": "gates"},
-            {"combination": "gates", "global_below": 0.5, "base_share": 0.0, "patch_size": 2, "top_k": 2},
+            {"combination": "gates", "base_share": 0.0, "patch_size": 2, "top_k": 2},
             {"patches": "sliding", "momentum": 0.5},
             {"start": 0.5},
             {"end": 0.5},

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from loratorio_ext import core
 from tests import oracle
 from tests.test_core import assert_close, exact, generator, options, similarities, step
-from tests.test_places import SIZE, halves, places, ramp, shares
+from tests.test_places import SIZE, halves, places, shares
 
 SHARPNESS = [0.0, 0.5, 1.0, 4.0, 64.0]
 
@@ -40,18 +40,17 @@ def cases(draw):
 
 
 class TestGates:
-    @given(cases(), st.sampled_from(SHARPNESS), st.sampled_from([0.0, 0.5, 8.0]))
-    def test_agrees_with_the_oracle(self, case, sharpness, below):
+    @given(cases(), st.sampled_from(SHARPNESS))
+    def test_agrees_with_the_oracle(self, case, sharpness):
         relative, chosen, prior, share = case
         n, _, h, w = relative.shape
-        found = core.gates(relative, sharpness, chosen, prior, share, below)
+        found = core.gates(relative, sharpness, chosen, prior, share)
         wanted = oracle.gates(
             exact(relative),
             sharpness,
             np.ones(relative.shape, bool) if chosen is None else chosen.numpy(),
             np.ones(n) if share is None else exact(share),
             np.ones((n, h, w)) if prior is None else exact(prior[:, 0]),
-            below,
         )
         assert found.dtype == torch.float32 and (found >= 0).all() and (found <= 1).all()
         assert_close(found, wanted, tolerance=1e-4)
@@ -68,9 +67,9 @@ class TestGates:
     def test_neither_the_order_nor_a_common_factor_matters(self, similarity, order, factor):
         relative = core.relative_divergence(1 - similarity, 0.5)
         order = [i for i in order if i < len(relative)]
-        gates = core.gates(relative, 4.0, global_below=0.5)
+        gates = core.gates(relative, 4.0)
         # Where a number lies in memory decides how it is rounded.
-        torch.testing.assert_close(core.gates(relative[order], 4.0, global_below=0.5), gates[order])
+        torch.testing.assert_close(core.gates(relative[order], 4.0), gates[order])
         torch.testing.assert_close(core.gates(relative * factor, 4.0), core.gates(relative, 4.0), rtol=1e-4, atol=1e-6)
 
     def test_by_hand(self):
@@ -104,39 +103,6 @@ class TestGates:
         relative = torch.ones(2, 1, 1, 2)
         relative[0, 0, 0, 0] = torch.nan
         assert core.gates(relative, 4.0)[:, 0, 0, 0].isnan().any()
-
-
-class TestGlobal:
-    @given(similarities(), st.sampled_from([0.0, 0.3, 1.0, 3.0]))
-    def test_agrees_with_the_oracle(self, similarity, below):
-        divergence = 1 - similarity
-        found = core.is_global(divergence, below)
-        for i in range(len(divergence)):
-            for j in range(divergence.shape[1]):
-                values = exact(divergence[i, j])
-                spread = oracle.coefficient_of_variation(values)
-                if abs(spread - below) > 1e-5:
-                    assert bool(found[i, j]) == (values.any() and spread < below)
-
-    def test_flat_ones_are_global_peaked_and_silent_ones_are_not(self):
-        flat, peaked, silent = torch.full((4, 4), 0.1), torch.zeros(4, 4), torch.zeros(4, 4)
-        flat[0, 0], peaked[1, 1] = 0.12, 0.5
-        assert core.is_global(torch.stack([flat, peaked, silent]).unsqueeze(1), 0.5).flatten().tolist() == [1, 0, 0]
-
-    def test_a_global_lora_acts_everywhere_in_full_and_dampens_nobody(self):
-        style = torch.full((1, 4, 4), 3.0)
-        first, second = torch.rand(2, 1, 4, 4, generator=generator(0)) ** 3
-        apart = core.gates(torch.stack([first, second]), 4.0)
-        together = core.gates(torch.stack([first, style, second]), 4.0, global_below=0.1)
-        assert (together[1] == 1).all() and torch.equal(together[[0, 2]], apart)
-        assert not torch.allclose(core.gates(torch.stack([first, style, second]), 4.0)[[0, 2]], apart)
-
-    def test_it_keeps_to_its_place_and_its_selection(self):
-        style = torch.full((1, 1, 4, 4), 3.0)
-        prior = ramp((4, 4)).expand(1, 1, 4, 4)
-        chosen = torch.rand(style.shape, generator=generator(1)) > 0.5
-        gates = core.gates(style, 4.0, chosen, prior, global_below=0.1)
-        assert torch.equal(gates, prior * chosen)
 
 
 class TestComposition:
@@ -223,7 +189,7 @@ class TestComposition:
 
     def test_nowhere_is_the_base_models_own(self):
         predictions = replace(step(3, (0, 0, 1)), place=torch.zeros(3, *SIZE))
-        result = gated(global_below=8.0).combine(predictions)
+        result = gated().combine(predictions)
         assert (result.weights == 0).all()
         assert torch.equal(result.cond, predictions.host_cond)
         torch.testing.assert_close(result.uncond, predictions.host_uncond)

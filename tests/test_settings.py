@@ -481,7 +481,6 @@ class TestArgs:
         ("lcm", "*slider*"),
         "gates",
         2.5,
-        0.5,
         "grid",
         0.75,
         "drop",
@@ -730,7 +729,7 @@ EARLIER = {
          "LoRAtorio relativity": "1.0", "LoRAtorio upsampling": "nearest", "LoRAtorio base share": "0.5",
          "LoRAtorio combination": "gates", "LoRAtorio sharpness": "4.0", "LoRAtorio version": "0.1.0"},
         {"enabled": True, "patch_size": 2, "combination": "gates", "sharpness": 4.0, "patches": "grid",
-         "base_share": 0.5, "global_below": 0.0, "momentum": 0.0},
+         "base_share": 0.5, "momentum": 0.0},
     ),
     "0.1.0, switch": (
         {"LoRAtorio enabled": "True", "LoRAtorio method": "switch", "LoRAtorio switch every": "5",

@@ -12,7 +12,7 @@ from loratorio_ext.core.composition import (
     relative_similarity,
     softmin_weights,
 )
-from loratorio_ext.core.gates import gates, is_global
+from loratorio_ext.core.gates import gates
 from loratorio_ext.core.methods import (
     ComposedStep,
     Composite,
@@ -53,7 +53,6 @@ __all__ = [
     "adaptive_temperature",
     "compose",
     "gates",
-    "is_global",
     "method_from",
     "patch_divergence",
     "patch_similarity",

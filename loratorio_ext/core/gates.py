@@ -8,24 +8,12 @@ import torch
 from torch import Tensor
 
 
-def is_global(relative: Tensor, below: float) -> Tensor:
-    """Whether a LoRA's divergence is flat over an image, ``[N, B, h, w] -> [N, B, 1, 1]``: like that of a style or a
-    background, its coefficient of variation (standard deviation over mean) is ``below`` this.
-
-    A LoRA that diverges nowhere is not, and in an image of a single patch every other one is.
-    """
-    mean = relative.mean(dim=(-2, -1), keepdim=True)
-    deviation = relative.var(dim=(-2, -1), correction=0, keepdim=True).sqrt()
-    return (mean > 0) & (deviation < below * mean)
-
-
 def gates(
     relative: Tensor,
     sharpness: float,
     chosen: Tensor | None = None,
     prior: Tensor | None = None,
     share: Tensor | None = None,
-    global_below: float = 0.0,
 ) -> Tensor:
     """``m_i = (r_i / max_j r_j) ** sharpness`` in every patch: ``[N, B, h, w] -> [N, B, h, w]`` in [0, 1].
 
@@ -35,19 +23,16 @@ def gates(
 
     ``chosen [N, B, h, w]``: who takes part; the others neither act nor compete. ``share [N]`` is a factor on everyone's
     ``r``. ``prior``, which broadcasts to ``[N, B, h, w]``: how far each LoRA may act in a patch; it multiplies the
-    gate, and its LoRA competes as far as it may act. ``global_below``: LoRAs that are `is_global` by it have the gate 1
-    and compete with nobody.
+    gate, and its LoRA competes as far as it may act.
     """
     claim = relative if share is None else relative * share.to(relative).view(-1, 1, 1, 1)
     if chosen is not None:
         claim = claim.masked_fill(~chosen, 0)
-    flat = is_global(relative, global_below)
-    rivals = claim.masked_fill(flat, 0)
-    strongest = (rivals if prior is None else rivals * prior).amax(dim=0)
+    strongest = (claim if prior is None else claim * prior).amax(dim=0)
     unrivalled = strongest == 0
     ratio = claim / torch.where(unrivalled, torch.ones_like(strongest), strongest)
     ratio = torch.where(unrivalled, (claim > 0).to(ratio), ratio.clamp(max=1))
-    gate = torch.where(flat, torch.ones_like(ratio), ratio.pow(sharpness))
+    gate = ratio.pow(sharpness)
     if chosen is not None:
         gate = gate.masked_fill(~chosen, 0)
     return gate if prior is None else gate * prior

@@ -141,7 +141,6 @@ class LoRAtorio:
     selection_scope: str = "image"
     combination: str = "shares"
     sharpness: float = 4.0
-    global_below: float = 0.0
     patches: str = "grid"
     regions: bool = False
 
@@ -224,7 +223,7 @@ class LoRAtorio:
             chosen = self.choose(1 - divergence, prior) if choosing else chosen
             relative = relative_divergence(divergence, self.relativity) if relative is None else relative
         if self.combination == "gates":
-            return gates(relative, self.sharpness, chosen, prior, share, self.global_below)
+            return gates(relative, self.sharpness, chosen, prior, share)
         log_claim = torch.zeros_like(relative)
         if share is not None:
             log_claim = log_claim + share.float().log().view(-1, 1, 1, 1)

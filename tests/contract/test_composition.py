@@ -32,7 +32,6 @@ OPTIONS = {
     "late steps only": {"start": 0.25},
     "gates": {"combination": "gates"},
     "gates, top 2, base share 0": {"combination": "gates", "sharpness": 1.0, "top_k": 2, "base_share": 0.0},
-    "gates, some global": {"combination": "gates", "global_below": 0.5},
     "gates in sliding patches with momentum": {"combination": "gates", "patches": "sliding", "momentum": 0.5},
     "momentum, one refreshed a step": {"momentum": 0.5, "refresh": 1},
     "momentum, selected every other step": {"momentum": 0.5, "top_k": 2, "reselect_every": 2},
