@@ -34,9 +34,12 @@ BACKDROPS = {"background", "backgrounds", "scenery", "landscape", "landscapes", 
 """Words that speak of a background wherever they stand."""
 SURROUNDINGS = BACKDROPS | {
     *("town", "city", "village", "street", "alley", "market", "harbor", "harbour", "ruins", "skyline", "rooftop"),
-    *("forest", "woods", "jungle", "meadow", "field", "garden", "park", "desert", "mountains", "valley", "canyon"),
-    *("beach", "sea", "ocean", "lake", "river", "swamp", "cave", "sky", "aurora", "snowfield"),
-    *("room", "bedroom", "kitchen", "classroom", "library", "corridor", "hall", "dungeon", "interior"),
+    *("downtown", "slums", "road", "plaza", "courtyard", "backyard", "station", "battlefield", "wasteland"),
+    *("forest", "woods", "jungle", "meadow", "field", "fields", "garden", "park", "desert", "mountains", "valley"),
+    *("canyon", "hills", "plains", "savanna", "tundra", "snowfield", "cave", "sky", "aurora"),
+    *("beach", "coast", "shore", "sea", "ocean", "lake", "river", "lagoon", "swamp", "marsh", "reef"),
+    *("room", "bedroom", "bathroom", "kitchen", "classroom", "library", "office", "laboratory", "restaurant"),
+    *("cafe", "corridor", "hallway", "hall", "dungeon", "interior"),
 }
 """Nouns of places: whoever is called up by words that end in one is a background."""
 

@@ -599,6 +599,7 @@ class TestBackgrounds:
     [
         ("backgrounds/a", ()), ("forest_background_v2", ()), ("a", ("bamboo forest",)),
         ("a", ("skyline town", "old city")), ("Landscape-XL", ("zorg",)), ("a", ("Auroral Background",)),
+        ("a", ("grassy hills", "wide fields")), ("a", ("sunken reef",)),
     ],
 )  # fmt: skip
 def test_backgrounds(name, words):
@@ -610,7 +611,7 @@ def test_backgrounds(name, words):
     [
         ("a", ()), ("forest", ()), ("a", ("forest elf",)), ("a", ("town", "zorg robot")),
         ("backgroundless", ()), ("", ("",)),
-        ("a", ("robot in a town with a hat",)), ("hallway", ()),
+        ("a", ("robot in a town with a hat",)), ("hallway", ()), ("a", ("office lady",)), ("a", ("field marshal",)),
     ],
 )  # fmt: skip
 def test_no_backgrounds(name, words):
