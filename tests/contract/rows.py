@@ -82,11 +82,13 @@ class Contract:
         settings["in_every_pass"] = list(in_every_pass)
         return self.generate(payload, {"LoRAtorio reference": {"args": [settings]}})
 
-    def assert_composes(self, options: dict | None = None, unlike_merged: float = 1.0, **payload):
+    def assert_composes(
+        self, options: dict | None = None, unlike_merged: float = 1.0, in_every_pass: Sequence[str] = (), **payload
+    ):
         """The extension's images are the reference's, and visibly not those that the host makes by itself."""
         self.require(payload)
         composed = self.composed(options, **payload)
-        reference = self.brute_force(options, **payload)
+        reference = self.brute_force(options, in_every_pass, **payload)
         self.largest_difference = largest(composed.images, reference.images)
         assert self.largest_difference <= TOLERANCE
         assert mean(composed.images, self.plain(**payload).images) >= unlike_merged
