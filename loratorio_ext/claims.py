@@ -18,6 +18,7 @@ from torch import Tensor
 from loratorio_ext.errors import SettingsError
 from loratorio_ext.parts import Box, box_of, parts_of_tag, span_of, tag_text
 from loratorio_ext.pool import Listed, matching
+from loratorio_ext.settings import OPTION
 from loratorio_ext.styles import is_background, is_style
 from loratorio_ext.triggers import is_named, phrases
 
@@ -250,11 +251,13 @@ def claims_of(settings: Any, tagged: Sequence[Tagged]) -> Claims:
         replace(Claim.of(parts), words=phrases(parts["words"]) if "words" in parts else each.words)
         for parts, each in zip(said, tagged)
     ]
-    kinds = kinds_of(tagged, claims)
-    free = [not tag.pooled and parts.keys() <= {"words"} for tag, parts in zip(tagged, said)]
-    joining = in_every_pass(settings, claims, kinds, free)
+    kinds, option = kinds_of(tagged, claims), OPTION["styles"]
+    styles = settings.styles if settings.in_force(option) else option.idle
+    all_asked = settings.unnamed == "drop"
+    free = [not all_asked and not tag.pooled and parts.keys() <= {"words"} for tag, parts in zip(tagged, said)]
+    joining = in_every_pass(styles, claims, kinds, free)
     claims = [replace(claim, base=claim.base or joins) for claim, joins in zip(claims, joining)]
-    claims = [replace(claim, yields=each) for claim, each in zip(claims, yielding(settings, claims, kinds))]
+    claims = [replace(claim, yields=each) for claim, each in zip(claims, yielding(styles, claims, kinds))]
 
     def joined(as_kind: str) -> tuple[str, ...]:
         return tuple(tag.lora.name for tag, kind, joins in zip(tagged, kinds, joining) if joins and kind == as_kind)
@@ -274,31 +277,30 @@ def kinds_of(tagged: Sequence[Tagged], claims: Sequence[Claim]) -> list[str]:
     return [kind(tag.lora.path, claim.words) for tag, claim in zip(tagged, claims)]
 
 
-def in_every_pass(settings: Any, claims: Sequence[Claim], kinds: Sequence[str], free: Sequence[bool]) -> Sequence[bool]:
-    """Of each active LoRA, whether it is in every pass since it is a style, or the background; only of those that are
-    ``free``: they have a tag, and nothing else is said of them.
+def in_every_pass(option: str, claims: Sequence[Claim], kinds: Sequence[str], free: Sequence[bool]) -> Sequence[bool]:
+    """Of each active LoRA, whether it is in every pass since it is a style, or the background; by the ``option``
+    styles, and only of those that are ``free``: they have a tag, and nothing else is said of them.
 
     Only if others are left that compete; not of a pool's, whom the prompt's words choose, nor where such words are
     asked of every LoRA: who is in every pass is not asked. A background only if it is the one there is, and nobody else
     of either kind is in every pass: each more that is merged there disturbs the others.
     """
     nobody = [False] * len(claims)
-    if settings.styles == "compete" or settings.method != "loratorio" or settings.unnamed == "drop":
+    if option == "compete":
         return nobody
     styles, backgrounds = ([each == kind and may for each, may in zip(kinds, free)] for kind in (STYLE, BACKGROUND))
     taken = any(styles) or any(claim.base and kind for claim, kind in zip(claims, kinds))
-    if settings.styles != "surroundings" or taken or sum(backgrounds) > 1:
+    if option != "surroundings" or taken or sum(backgrounds) > 1:
         backgrounds = nobody
     found = [style or background for style, background in zip(styles, backgrounds)]
     compete = any(not claim.base and not joins for claim, joins in zip(claims, found))
     return found if compete else nobody
 
 
-def yielding(settings: Any, claims: Sequence[Claim], kinds: Sequence[str]) -> list[bool]:
-    """Of each active LoRA, whether it leaves what it is not clearly at home in to those in every pass: if a style or a
-    background is among these, every other but a background that competes."""
-    heeded = settings.styles == "surroundings" and settings.method == "loratorio"
-    around = heeded and any(claim.base and kind for claim, kind in zip(claims, kinds))
+def yielding(option: str, claims: Sequence[Claim], kinds: Sequence[str]) -> list[bool]:
+    """Of each active LoRA, whether it leaves what it is not clearly at home in to those in every pass, by the
+    ``option`` styles: if a style or a background is among these, every other but a background that competes."""
+    around = option == "surroundings" and any(claim.base and kind for claim, kind in zip(claims, kinds))
     return [around and not claim.base and kind != BACKGROUND for claim, kind in zip(claims, kinds)]
 
 

@@ -333,6 +333,7 @@ def loratorio(
     n, _, h, w = similarity.shape
     gated = options["combination"] == "gates"
     everywhere = place is None
+    partial = np.any(rest) or not everywhere
     prior = np.ones((n, h, w)) if everywhere else patch_prior(place, p)
     share_of = np.ones(n) if share is None else np.asarray(share, np.float64)
     if mask is None:
@@ -359,7 +360,7 @@ def loratorio(
     if gated:
         composed = gated_sum(cond, pixels, base_cond)
     else:
-        composed = compose(cond, pixels, base_cond if np.any(rest) or not everywhere else None)
+        composed = compose(cond, pixels, base_cond if partial else None)
     if base_uncond is None:
         return composed, None, weights
     base_share = options["base_share"]
@@ -375,7 +376,7 @@ def loratorio(
     if gated:
         composed_uncond = gated_sum(uncond, of_image, base_uncond)
     else:
-        composed_uncond = compose(uncond, of_image, base_uncond if np.any(rest) or not everywhere else None)
+        composed_uncond = compose(uncond, of_image, base_uncond if partial else None)
     return composed, recenter(base_uncond, composed_uncond, base_share), weights
 
 

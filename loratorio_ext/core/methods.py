@@ -213,8 +213,7 @@ class LoRAtorio:
         no gap between them, and the rest is the base model's.
 
         In rows of ``rest [R]`` the base model competes, too, in every patch alike (`of_rest`), and what it wins the
-        weights lack.
-        Gates need no such rival: who fades leaves the base model's prediction.
+        weights lack. Gates need no such rival: who fades leaves the base model's prediction.
         """
         prior = self.prior(place)
         choosing = chosen is None and self.chooses(len(eps), prior)

@@ -296,7 +296,7 @@ def plan_step(
     return method.plan(denoiser.step, len(claims), members, placed)
 
 
-def claimed(plan: Plan, claims: Sequence[Claim], like: Tensor, image_of_row: Sequence[int]) -> dict[str, Any]:
+def claimed(plan: Plan, claims: Sequence[Claim], like: Tensor, image_of_row: Sequence[int]) -> dict[str, Tensor | None]:
     """Where and how much the plan's members may act in latents of the size and on the device of ``like``, in rows of
     these images."""
     return places_and_shares([claims[index] for index in plan.members], like, image_of_row)
