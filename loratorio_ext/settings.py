@@ -577,6 +577,18 @@ OPTIONS = (
         idle=False,
         replaced_by="combination",
     ),
+    Option(
+        "rest",
+        True,
+        "The rest to the bare model",
+        "On: what no LoRA is clearly at home in is the bare model's, so that none paints ghosts of other surroundings "
+        "there; as far as the LoRAs disagree, and unless one of them is at home in most of the image. Off: they share "
+        "out the whole image (the paper); try it when parts of a thing come out as the bare model paints them.",
+        group="Weights",
+        methods=LORATORIO,
+        idle=False,
+        replaced_by="combination",
+    ),
 )
 
 UNTOUCHED_BY_PRESETS = ("enabled", "pool", "pool_weight", "show_maps", "loras", "everywhere", "unnamed")
@@ -603,6 +615,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "momentum": 0.0,
         "styles": "compete",
         "regions": False,
+        "rest": False,
     },
     "balanced": {"refresh": 1},
     "fast": {"refresh": 1, "base_share": 1.0},

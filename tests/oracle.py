@@ -167,21 +167,26 @@ def adaptive_temperature(score, kappa, mask=None):
 TYPICAL, COHESION, LEAST = 0.6, 4, 1e-4
 
 
+def typical(divergences):
+    """[h,w] -> the 0.6 quantile."""
+    values = sorted(np.asarray(divergences, np.float64).ravel())
+    place = TYPICAL * (len(values) - 1)
+    below = math.floor(place)
+    above = min(below + 1, len(values) - 1)
+    return values[below] + (place - below) * (values[above] - values[below])
+
+
 def at_least_typical(relative):
     """[N,R,h,w]: nobody's divergence is below the 0.6 quantile of its own in the image."""
     out = np.array(relative, np.float64)
     for i in range(out.shape[0]):
         for j in range(out.shape[1]):
-            values = sorted(out[i, j].ravel())
-            place = TYPICAL * (len(values) - 1)
-            below = math.floor(place)
-            above = min(below + 1, len(values) - 1)
-            typical = values[below] + (place - below) * (values[above] - values[below])
-            out[i, j] = np.where(out[i, j] < typical, typical, out[i, j])
+            least = typical(out[i, j])
+            out[i, j] = np.where(out[i, j] < least, least, out[i, j])
     return out
 
 
-REST = 1.5
+REST, FLATNESS, ALIKE = 1.5, 4, 1e-3
 
 
 def of_rest(relative, mask):
@@ -191,6 +196,36 @@ def of_rest(relative, mask):
     for j in range(rows):
         out[0, j] = REST * max((relative[i, j].sum() / (h * w) for i in range(n) if mask[i, j].any()), default=0)
     return out
+
+
+def claim_of_base(eps, eps_base, relative, mask):
+    """[R]: what the base's weight is multiplied by where it has no rest by itself. The variance of what those in the
+    mask anywhere change, as a part of what it were if they had nothing in common; less than a thousandth is rounding.
+    Times 1 - t**4, where t is the largest of their typical divergences, in units of each one's mean."""
+    n, rows, h, w = relative.shape
+    out = np.zeros(rows)
+    for j in range(rows):
+        members = [i for i in range(n) if mask[i, j].any()]
+        if len(members) < 2:
+            continue
+        changes = [np.asarray(eps[i, j], np.float64) - np.asarray(eps_base[j], np.float64) for i in members]
+        mean, k = sum(changes) / len(changes), len(changes)
+        alone = sum((change**2).sum() for change in changes)
+        apart = sum(((change - mean) ** 2).sum() for change in changes)
+        disagreement = 0 if alone == 0 else apart / alone * k / (k - 1)
+        if disagreement < ALIKE:
+            continue
+        flat = 0
+        for i in members:
+            average = relative[i, j].sum() / (h * w)
+            flat = max(flat, typical(relative[i, j]) / average if average > 0 else 0)
+        out[j] = min(disagreement, 1) * max(0, 1 - flat**FLATNESS)
+    return out
+
+
+def placed(place, row):
+    """Whether anyone's place, of ``place [N,H,W]`` or ``[N,R,H,W]``, is a part of a row's image."""
+    return any(np.ptp(each if each.ndim == 2 else each[row]) > 0 for each in np.asarray(place))
 
 
 def neighbourhood(weights, reach):
@@ -323,7 +358,8 @@ def loratorio(
     ``mask [N,R,h,w]``: who takes part, where that was settled in an earlier step. ``place [N,H,W]``: where everyone may
     act, the rest is ``base_cond [R,C,H,W]`` and ``base_uncond``; ``share [N]``: a factor on everyone's claim.
     ``relative [N,R,h,w]``: the relative divergences, where earlier steps have a part in them. ``rest``: whether
-    the base competes as well, like one more LoRA, in all rows or ``[R]``; what it wins is ``base_cond`` and
+    the base competes as well, like one more LoRA, in all rows or ``[R]``; in others it does by the option ``rest``,
+    as far as `claim_of_base` says, but beside nobody and beside places. What it wins is ``base_cond`` and
     ``base_uncond``.
     """
     p = options["patch_size"]
@@ -333,7 +369,9 @@ def loratorio(
     n, _, h, w = similarity.shape
     gated = options["combination"] == "gates"
     everywhere = place is None
-    partial = np.any(rest) or not everywhere
+    rows = similarity.shape[1]
+    rest = np.broadcast_to(np.asarray(rest, np.float64), (rows,)).copy()
+    partial = np.any(rest) or not everywhere or (options["rest"] and n > 1 and not gated)
     prior = np.ones((n, h, w)) if everywhere else patch_prior(place, p)
     share_of = np.ones(n) if share is None else np.asarray(share, np.float64)
     if mask is None:
@@ -344,17 +382,22 @@ def loratorio(
         weights = gates(relative, options["sharpness"], mask, share_of, prior)
     else:
         tau = options["temperature"]
-        claim, rivals = np.stack([share_of[i] * prior[i] for i in range(n)]), mask
+        claim, rivals = np.stack([[share_of[i] * prior[i]] * rows for i in range(n)]), mask
+        if options["rest"] and n > 1:
+            claims = claim_of_base(eps, eps_base, relative, mask)
+            for j in range(rows):
+                if not rest[j] and (everywhere or not placed(place, j)):
+                    rest[j] = claims[j]
         if np.any(rest):
             relative = np.concatenate([relative, of_rest(relative, mask)])
-            claim = np.concatenate([claim, np.ones((1, h, w))])
-            rivals = np.concatenate([mask, np.broadcast_to(np.reshape(rest, (1, -1, 1, 1)), mask[:1].shape)])
+            claim = np.concatenate([claim, np.broadcast_to(rest.reshape(1, -1, 1, 1), mask[:1].shape)])
+            rivals = np.concatenate([mask, np.broadcast_to(rest.reshape(1, -1, 1, 1) > 0, mask[:1].shape)])
         if options["temperature_mode"] == "adaptive":
             tau = adaptive_temperature(-relative, tau, rivals)
         if options["regions"]:
             relative = at_least_typical(relative)
             alone = softmin_weights(-relative, tau, mask=rivals, claim=claim)
-            claim = claim[:, None] * neighbourhood(alone, options["patch_size"] // p)
+            claim = claim * neighbourhood(alone, options["patch_size"] // p)
         weights = softmin_weights(-relative, tau, mask=rivals, claim=claim)[:n] * coverage(prior, mask)
     pixels = UPSAMPLE[options["upsampling"]](weights, np.shape(cond)[-2:], p)
     if gated:

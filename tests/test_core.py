@@ -523,6 +523,7 @@ def options(**changed):
         "sharpness": 4.0,
         "patches": "grid",
         "regions": False,
+        "rest": False,
     }
     return {**plain, **changed}
 
@@ -542,6 +543,7 @@ def method_options(draw):
         sharpness=draw(st.sampled_from([0.0, 0.5, 1.0, 4.0])),
         patches=draw(st.sampled_from(["grid", "grid", "sliding"])),
         regions=draw(st.booleans()),
+        rest=draw(st.booleans()),
     )
 
 
@@ -872,7 +874,7 @@ class TestMethodFromSettings:
     def test_every_method_gets_the_options_of_its_name(self):
         chosen = Settings(
             patch_size=7, temperature=0.7, relativity=0.25, upsampling="bilinear", base_share=0.75, top_k=3,
-            patches="grid", momentum=0.0, regions=False,
+            patches="grid", momentum=0.0, regions=False, rest=False,
         )  # fmt: skip
         assert core.method_from(chosen) == core.LoRAtorio(7, 0.7, "adaptive", 0.25, 0.75, "bilinear", 3, "image")
         gates = Settings(combination="gates", sharpness=2, patches="sliding", momentum=0.0)

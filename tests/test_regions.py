@@ -8,17 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loratorio_ext import core
-from loratorio_ext.core.regions import COHESION, LEAST, REST, at_least_typical, log_neighbourhood, of_rest
+from loratorio_ext.core.regions import COHESION, LEAST, at_least_typical, log_neighbourhood
 from tests import oracle
-from tests.test_core import assert_close, exact, method_options, options, similarities, step
-from tests.test_places import ROWS, assert_agree, expected, places, shares
+from tests.test_core import assert_close, exact, options, similarities, step
 
 SIZE = 12
 HALF = SIZE // 2
 
 
 def whole(**changed):
-    return core.LoRAtorio(**options(regions=True, temperature_mode="adaptive", patches="sliding", **changed))
+    return core.LoRAtorio(
+        **options(**{"regions": True, "temperature_mode": "adaptive", "patches": "sliding", **changed})
+    )
 
 
 def weights_of(relative, rest=None, **changed):
@@ -98,59 +99,3 @@ class TestWeights:
         predictions = step(3, (0, 1))
         on, off = (core.LoRAtorio(**options(combination="gates", regions=regions)) for regions in (True, False))
         assert torch.equal(on.combine(predictions).weights, off.combine(predictions).weights)
-
-
-class TestTheRest:
-    @given(similarities(), st.integers(0, 1000))
-    def test_agrees_with_the_oracle(self, similarity, seed):
-        relative = core.relative_divergence(1 - similarity, 0.5)
-        chosen = torch.rand(relative.shape, generator=torch.Generator().manual_seed(seed)) > 0.8
-        for mask in (torch.ones_like(chosen), chosen):
-            found = of_rest(relative, None if mask.all() else mask)
-            assert_close(found, oracle.of_rest(exact(relative), mask.numpy()), relative_to=10.0)
-
-    @given(st.data(), method_options(), st.integers(0, 5), st.sampled_from(ROWS), st.integers(0, 1000))
-    def test_steps_agree_with_the_oracle(self, data, chosen, n, rows, seed):
-        chosen["combination"] = "shares"
-        place = data.draw(st.one_of(st.none(), places(n))) if n else None
-        share = data.draw(st.one_of(st.none(), shares(n))) if n else None
-        rest = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows))))
-        predictions = replace(step(n, rows, seed), place=place, share=share, rest=rest)
-        if n:
-            assert_agree(core.LoRAtorio(**chosen).combine(predictions), expected(predictions, chosen))
-        else:
-            assert torch.equal(core.LoRAtorio(**chosen).combine(predictions).cond, predictions.host_cond)
-
-    def test_what_nobody_is_clearly_at_home_in_is_the_base_models(self):
-        weights = weights_of(scene()[1:], rest=torch.tensor([True]))[0, 0]
-        assert weights[-3:, -3:].min() > 0.95 and weights[:6].max() < 0.05
-
-    def test_rows_are_asked_one_by_one(self):
-        """So that an image does not depend on who else is in its batch."""
-        relative = scene().expand(2, 2, SIZE, SIZE)
-        found = weights_of(relative, rest=torch.tensor([True, False]))
-        assert torch.equal(found[:, :1], weights_of(scene(), rest=torch.tensor([True])))
-        assert_close(found[:, 1:], weights_of(scene()).double().numpy())
-        assert found[:, 0].sum(dim=0).min() < 0.5
-
-    def test_it_is_to_be_beaten_by_a_multiple_of_the_mean(self):
-        relative = torch.ones(1, 1, SIZE, SIZE)
-        assert of_rest(relative).unique().tolist() == [REST]
-        assert of_rest(torch.cat([relative, 3 * relative])).unique().tolist() == [3 * REST]
-        nobody_else = torch.tensor([True, False]).view(2, 1, 1, 1).expand(2, 1, SIZE, SIZE)
-        assert of_rest(torch.cat([relative, 3 * relative]), nobody_else).unique().tolist() == [REST]
-
-    def test_a_place_is_no_way_around_it(self):
-        place = torch.zeros(1, SIZE, SIZE)
-        place[:, -4:] = 1
-        predictions = replace(
-            step(1, (0,), size=(SIZE, SIZE)), place=place, relative=scene()[1:], rest=torch.tensor([True])
-        )
-        weights = whole().combine(predictions).weights[0, 0]
-        assert (weights[:-4] == 0).all() and weights[-3:, -3:].min() > 0.95 and weights[-3:, :6].max() < 0.05
-
-    def test_gates_need_no_such_rival(self):
-        predictions = step(3, (0, 1))
-        method = core.LoRAtorio(**options(combination="gates"))
-        left = replace(predictions, rest=torch.tensor([True, False]))
-        assert torch.equal(method.combine(predictions).cond, method.combine(left).cond)

@@ -48,7 +48,7 @@ def only(full, plan):
 
 def options(**changed):
     plain = dict(patch_size=2, temperature=0.3, temperature_mode="adaptive", relativity=0.5, base_share=0.5, top_k=2)
-    plain |= {"combination": "shares", "sharpness": 4.0, "patches": "grid", "regions": False}
+    plain |= {"combination": "shares", "sharpness": 4.0, "patches": "grid", "regions": False, "rest": False}
     return plain | {"upsampling": "nearest", "selection_scope": "image"} | changed
 
 
@@ -69,6 +69,7 @@ def method_options(draw):
         combination=draw(st.sampled_from(["shares", "gates"])),
         patches=draw(st.sampled_from(["grid", "sliding"])),
         regions=draw(st.booleans()),
+        rest=draw(st.booleans()),
     )
 
 

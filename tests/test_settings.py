@@ -486,6 +486,7 @@ class TestArgs:
         "drop",
         "compete",
         False,
+        False,
     ]
 
     def test_the_examples_differ_from_the_defaults(self):
@@ -604,6 +605,7 @@ class TestInfotext:
             "LoRAtorio momentum": "0.8",
             "LoRAtorio styles": "surroundings",
             "LoRAtorio regions": "True",
+            "LoRAtorio rest": "True",
             "LoRAtorio version": __version__,
         }
         assert Settings(enabled=True, combination="gates", patches="grid", momentum=0.0).to_infotext() == {
@@ -722,7 +724,15 @@ EARLIER = {
         {"enabled": True, "method": "loratorio", "patch_size": 4, "temperature_mode": "adaptive", "temperature": 0.3,
          "relativity": 1.0, "upsampling": "nearest", "base_share": 0.5, "top_k": 0, "start": 0.0, "end": 1.0,
          "refresh": 0, "pool": (), "reselect_every": 1, "show_maps": False, "loras": Frozen(), "everywhere": (),
-         "combination": "shares", "patches": "grid", "styles": "compete", "regions": False},
+         "combination": "shares", "patches": "grid", "styles": "compete", "regions": False, "rest": False},
+    ),
+    "0.1.0, before the rest was the bare model's": (
+        {"LoRAtorio enabled": "True", "LoRAtorio method": "loratorio", "LoRAtorio patch size": "4",
+         "LoRAtorio temperature mode": "adaptive", "LoRAtorio temperature": "0.3", "LoRAtorio relativity": "1.0",
+         "LoRAtorio base share": "0.25", "LoRAtorio patches": "sliding", "LoRAtorio momentum": "0.8",
+         "LoRAtorio styles": "surroundings", "LoRAtorio regions": "True", "LoRAtorio version": "0.1.0"},
+        {"enabled": True, "base_share": 0.25, "patches": "sliding", "momentum": 0.8, "styles": "surroundings",
+         "regions": True, "rest": False},
     ),
     "0.1.0, gates": (
         {"LoRAtorio enabled": "True", "LoRAtorio method": "loratorio", "LoRAtorio patch size": "2",

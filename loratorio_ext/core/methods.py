@@ -20,7 +20,8 @@ from loratorio_ext.core.composition import (
 )
 from loratorio_ext.core.gates import gates
 from loratorio_ext.core.patches import DIVERGENCE, patch_mean, upsample_weights
-from loratorio_ext.core.regions import at_least_typical, log_neighbourhood, of_rest
+from loratorio_ext.core.regions import at_least_typical, log_neighbourhood
+from loratorio_ext.core.rest import base_claim, of_rest
 from loratorio_ext.core.selection import top_k_mask
 
 
@@ -121,6 +122,12 @@ def by_row(place: Tensor) -> Tensor:
     return place if place.ndim == 4 else place.unsqueeze(1)
 
 
+def whole(place: Tensor) -> Tensor:
+    """In which rows of ``place [N, 1 or R, H, W]`` each LoRA may act in all of the image or nowhere: ``[1 or R]``."""
+    even = place.amax(dim=(-2, -1)) == place.amin(dim=(-2, -1))
+    return even.all(dim=0)
+
+
 def coverage(place: Tensor) -> Tensor:
     """How much of a pixel or patch is the LoRAs' at all, the rest being the base model's: ``[N, ...] -> [...]``."""
     return place.sum(dim=0).clamp(max=1)
@@ -129,7 +136,8 @@ def coverage(place: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class LoRAtorio:
     """Patch-wise SoftMin of similarity to the base model, and guidance re-centred on it (paper; `temperature_mode`
-    "adaptive", `relativity` above 0, `combination` "gates", `patches` "sliding" and `regions` are this project's)."""
+    "adaptive", `relativity` above 0, `combination` "gates", `patches` "sliding", `regions` and `rest` are this
+    project's)."""
 
     patch_size: int
     temperature: float
@@ -143,6 +151,7 @@ class LoRAtorio:
     sharpness: float = 4.0
     patches: str = "grid"
     regions: bool = False
+    rest: bool = False
 
     def plan(self, step: int, n: int, members: Sequence[int] | None = None, placed: bool = False) -> Plan:
         members = acting(n, members)
@@ -192,6 +201,32 @@ class LoRAtorio:
             return None
         return top_k_mask(similarity, self.top_k, self.selection_scope, prior)
 
+    def leaves_rest(self, n: int) -> bool:
+        """Whether the base model competes with ``n`` LoRAs for what none of them is clearly at home in."""
+        return self.rest and n > 1 and self.combination == "shares"
+
+    def claim_of_base(
+        self,
+        eps: Tensor,
+        eps_base: Tensor,
+        relative: Tensor,
+        chosen: Tensor | None,
+        place: Tensor | None,
+        rest: Tensor | None,
+    ) -> Tensor | None:
+        """The factor on the base model's weight where it competes, ``[R]`` in [0, 1]; None: it does nowhere.
+
+        In full in rows of ``rest``, where its pass knows the surroundings. In others as far as the LoRAs disagree and
+        none is at home in most of the image (`base_claim`), but where one of them has a place: who is at home is said
+        there.
+        """
+        if not self.leaves_rest(len(eps)):
+            return None if rest is None else rest.float()
+        claim = base_claim(eps, eps_base, relative, chosen)
+        if place is not None:
+            claim = claim * whole(by_row(place))
+        return claim if rest is None else torch.where(rest, torch.ones_like(claim), claim)
+
     def weights(
         self,
         eps: Tensor,
@@ -212,8 +247,8 @@ class LoRAtorio:
         priors of the chosen, at most 1. So a LoRA alone has its prior as weight, halves with soft edges that meet leave
         no gap between them, and the rest is the base model's.
 
-        In rows of ``rest [R]`` the base model competes, too, in every patch alike (`of_rest`), and what it wins the
-        weights lack. Gates need no such rival: who fades leaves the base model's prediction.
+        Where the base model competes, too (`claim_of_base`), it does in every patch alike (`of_rest`), and what it wins
+        the weights lack. Gates need no such rival: who fades leaves the base model's prediction.
         """
         prior = self.prior(place)
         choosing = chosen is None and self.chooses(len(eps), prior)
@@ -229,11 +264,13 @@ class LoRAtorio:
         if prior is not None:
             log_claim = log_claim + prior.log()
         competing = chosen
-        if rest is not None:
+        base = self.claim_of_base(eps, eps_base, relative, chosen, place, rest)
+        if base is not None:
             everyone = torch.ones_like(relative, dtype=torch.bool) if chosen is None else chosen
-            competing = torch.cat([everyone, rest.view(1, -1, 1, 1).expand_as(everyone[:1])])
+            base = base.view(1, -1, 1, 1).expand_as(relative[:1])
+            competing = torch.cat([everyone, base > 0])
             relative = torch.cat([relative, of_rest(relative, chosen)])
-            log_claim = torch.cat([log_claim, torch.zeros_like(log_claim[:1])])
+            log_claim = torch.cat([log_claim, base.log()])
         score = -relative
         adaptive = self.temperature_mode == "adaptive"
         temperature = adaptive_temperature(score, self.temperature, competing) if adaptive else self.temperature
@@ -244,7 +281,7 @@ class LoRAtorio:
             alone = softmin_weights(score, temperature, log_claim=log_claim)
             log_claim = log_claim + log_neighbourhood(alone, self.cells)
         weights = softmin_weights(score, temperature, log_claim=log_claim)
-        weights = weights if rest is None else weights[:-1]
+        weights = weights if base is None else weights[:-1]
         return weights if prior is None else weights * coverage(prior * chosen)
 
     def combine(self, predictions: Predictions) -> ComposedStep:
@@ -256,7 +293,7 @@ class LoRAtorio:
         if not len(cond):
             nobody = patch_mean(cond.new_zeros(0, len(predictions.host_cond), *size), self.side)
             return ComposedStep(predictions.host_cond, uncond, nobody.float())
-        partial = predictions.place is not None or predictions.rest is not None
+        partial = predictions.place is not None or predictions.rest is not None or self.leaves_rest(len(cond))
         with_base = partial or self.combination == "gates"
         weights = self.weights(
             predictions.eps,

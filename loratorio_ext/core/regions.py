@@ -17,14 +17,16 @@ COHESION = 4.0
 """The power of a LoRA's mean weight around a patch that its weight there is multiplied by."""
 LEAST = 1e-4
 """A mean weight counts at least this much: who is nowhere around may still win by divergence."""
-REST = 1.5
-"""So many times its mean must a LoRA diverge to be at home in a patch where the rest is the base model's."""
+
+
+def typical(relative: Tensor) -> Tensor:
+    """What is typical of each LoRA in its image, ``[N, R, h, w] -> [N, R]``."""
+    return torch.quantile(relative.flatten(-2), TYPICAL, dim=-1)
 
 
 def at_least_typical(relative: Tensor) -> Tensor:
     """Relative divergences ``[N, R, h, w]``, none below what is typical of its LoRA in its image."""
-    typical = torch.quantile(relative.flatten(-2), TYPICAL, dim=-1)
-    return torch.maximum(relative, typical[..., None, None])
+    return torch.maximum(relative, typical(relative)[..., None, None])
 
 
 def log_neighbourhood(weights: Tensor, reach: int) -> Tensor:
@@ -32,12 +34,3 @@ def log_neighbourhood(weights: Tensor, reach: int) -> Tensor:
     h, w] -> [N, R, h, w]``; at an edge, of the cells that there are."""
     cells = window_sum(torch.ones_like(weights[:1, :1]), 2 * reach)
     return COHESION * (window_sum(weights, 2 * reach) / cells).clamp(min=LEAST).log()
-
-
-def of_rest(relative: Tensor, chosen: Tensor | None = None) -> Tensor:
-    """What the base model's pass competes by where the rest is its, ``[N, R, h, w] -> [1, R, h, w]``: in all patches
-    alike, `REST` times the mean relative divergence of the loudest of those who are ``chosen`` anywhere."""
-    means = relative.mean(dim=(-2, -1), keepdim=True)
-    if chosen is not None:
-        means = means * chosen.any(dim=-1, keepdim=True).any(dim=-2, keepdim=True)
-    return (REST * means.amax(dim=0, keepdim=True)).expand_as(relative[:1])

@@ -109,9 +109,11 @@ class Company:
         """The extension's images, with its options by name."""
         return self.generate({"LoRAtorio": {"args": [{"enabled": True, **options}]}, **scripts}, payload)
 
-    def brute_force(self, scripts: Mapping[str, Any], payload: Mapping[str, Any], **options) -> Generation:
-        """The reference's images for the same options."""
-        settings = asdict(Settings.from_mapping({"enabled": True, **options}))
+    def brute_force(
+        self, scripts: Mapping[str, Any], payload: Mapping[str, Any], in_every_pass: tuple[str, ...] = (), **options
+    ) -> Generation:
+        """The reference's images for the same options, and with these of the prompt's LoRAs in every pass."""
+        settings = asdict(Settings.from_mapping({"enabled": True, **options})) | {"in_every_pass": in_every_pass}
         return self.generate({"LoRAtorio reference": {"args": [settings]}, **scripts}, payload)
 
     def measured(self, scripts: Mapping[str, Any], payload: Mapping[str, Any], **options) -> "Measured":

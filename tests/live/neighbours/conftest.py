@@ -40,6 +40,9 @@ ATTENTION = Recipe("attention", "lora", 1, 0.15, layers="lora_te|attentions")
 OUTPUT_BLOCKS = Recipe("output_blocks", "lora", 1, 0.15, layers="lora_te|up_blocks.*attentions")
 """The layers that LoRA Block Weight's presets speak of: all of them, and those that ``OUTALL`` keeps."""
 
+STYLE = "lora_style"
+"""The name of a copy of the first one, by which it is a style."""
+
 results: dict[str, dict] = {}
 """What the run found out, by row."""
 
@@ -67,7 +70,8 @@ def stock(tmp_path_factory) -> tuple[Path, Path]:
     by_host(HERE.parent / "tiny_checkpoints.py", "--host", host, "--out", models / "Stable-diffusion", FAMILY)
     checkpoint = models / "Stable-diffusion" / f"tiny-{FAMILY}.safetensors"
     write_catalogue(checkpoint, models / "Lora", [*LORAS, ATTENTION, OUTPUT_BLOCKS])
-    shutil.copy(models / "Lora" / "lora.safetensors", models / "Lora" / "twin.safetensors")
+    for copy in ("twin", STYLE):
+        shutil.copy(models / "Lora" / "lora.safetensors", models / "Lora" / f"{copy}.safetensors")
     write_loras_that_do_nothing(models / "Lora")
     if "controlnet" in present():
         write_control_models(checkpoint, models / "ControlNet")

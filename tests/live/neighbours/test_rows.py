@@ -1,17 +1,19 @@
 """Every row of the table: with a neighbour active the composed image is right, or it is refused by that name.
 
 One LoRA with ``base_share`` 0 is the host's own image. A LoRA and its copy compose to what one of them does, and a
-method that takes but the first LoRA's turn is that LoRA alone: no row may meet another LoRA's branch. Where the
-brute-force reference is itself right in this company, two different LoRAs equal it.
+method that takes but the first LoRA's turn is that LoRA alone: no row may meet another LoRA's branch. Of two LoRAs one
+of which is in every pass the other one has no rival: that is the host's own image of both. Where the brute-force
+reference is itself right in this company, two different LoRAs equal it.
 """
 
+import re
 from dataclasses import asdict
 
 import pytest
 
 from tests.contract.rows import TOLERANCE
 from tests.live.neighbours.company import Difference, refusal
-from tests.live.neighbours.conftest import record
+from tests.live.neighbours.conftest import STYLE, record
 from tests.live.neighbours.folder import NEIGHBOURS, version
 from tests.live.neighbours.rows import REFUSES, RIGHT, TABLE, Row
 from tests.live.webui import RequestError
@@ -98,6 +100,30 @@ def test_brute_force(company, row):
     reference = company.brute_force(*row.request(row.two)).images
     assert Difference.of(composed, reference).largest <= TOLERANCE
     assert Difference.of(composed, company.by_itself(*row.request(row.two)).images).mean > VISIBLE
+
+
+IN_EVERY_PASS = {
+    "by its name": lambda prompt: prompt.replace("<lora:lora:", f"<lora:{STYLE}:"),
+    "by hand": lambda prompt: re.sub("(<lora:locon:[^>]*)>", r"\1:base=1>", prompt),
+}
+"""Ways to put one of a prompt's two LoRAs into every pass, the base model's included."""
+
+
+@pytest.mark.parametrize("way", IN_EVERY_PASS)
+@pytest.mark.parametrize("row", [row for row in TABLE if row.expected == RIGHT and row.two], ids=lambda row: row.name)
+def test_in_every_pass(company, row, way):
+    host = company.by_itself(*row.request(row.two)).images
+    request = row.request(IN_EVERY_PASS[way](row.two))
+    composed = company.composed(*request, styles="everywhere", base_share=0).images
+    difference = Difference.of(host, composed)
+    assert difference.rounding, str(difference)
+
+
+@pytest.mark.parametrize("row", [row for row in TABLE if row.brute_force], ids=lambda row: row.name)
+def test_a_style_in_every_pass_by_brute_force(company, row):
+    request = row.request(IN_EVERY_PASS["by its name"](row.two))
+    reference = company.brute_force(*request, in_every_pass=(STYLE,)).images
+    assert Difference.of(company.composed(*request).images, reference).largest <= TOLERANCE
 
 
 CHOSEN = {

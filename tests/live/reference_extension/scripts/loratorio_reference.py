@@ -143,6 +143,13 @@ def after_unet(result):
     base = predict(None)
     loras = [predict(lora) for lora in run.loras]
     load(run.active)
+    members = list(range(len(loras)))
+    if options["method"] == "loratorio" and not options["refresh"]:
+        # Whose weight is zero in this step, by a schedule of somebody else's, takes no part in it.
+        members = [i for i in members if not all(map(np.array_equal, loras[i][1:], base[1:]))]
+        loras = [loras[i] for i in members]
+    if not loras:
+        return
 
     conds_list, base_cond, base_uncond = base
     conds = len(base_cond)
@@ -164,7 +171,7 @@ def after_unet(result):
             conds_of = base_cond + gain * (eps - eps_base)
         mask = None if options["refresh"] else run.selection(eps, eps_base, options)
         left = None if run.selection.anew else mask
-        relative = run.momentum(eps, eps_base, options, mask=left)
+        relative = run.momentum(eps, eps_base, options, members, mask=left)
         step = (eps, eps_base, conds_of, unconds_of, base_uncond)
         more = {"base_cond": base_cond, "relative": relative, "rest": bool(run.around)}
         cond, uncond, _ = oracle.loratorio(*step, image_of_row, options, mask, **more)

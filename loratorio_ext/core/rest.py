@@ -1,0 +1,63 @@
+"""The rest: what no LoRA is clearly at home in, and how far the base model competes for it.
+
+Where nobody diverges much one of the LoRAs wins all the same, and paints the surroundings that it would rather see: its
+ghosts show there. (Not in the paper, where the LoRAs share out all of the image.)
+"""
+
+import torch
+from torch import Tensor
+
+from loratorio_ext.core.regions import typical
+
+REST = 1.5
+"""So many times its mean must a LoRA diverge to be at home in a patch that is the base model's otherwise."""
+FLATNESS = 4.0
+"""The power of a LoRA's typical divergence, in units of its mean, that the base model's claim lacks because of it."""
+ALIKE = 1e-3
+"""LoRAs that disagree less differ by what rounding makes of equal ones, in half precision as well."""
+
+
+def members_of(relative: Tensor, chosen: Tensor | None) -> Tensor:
+    """Who takes part anywhere in an image, of ``relative [N, R, h, w]``: ``[N, R]``."""
+    if chosen is None:
+        return torch.ones(relative.shape[:2], dtype=torch.bool, device=relative.device)
+    return chosen.flatten(-2).any(dim=-1)
+
+
+def of_rest(relative: Tensor, chosen: Tensor | None = None) -> Tensor:
+    """What the base model's pass competes by, ``[N, R, h, w] -> [1, R, h, w]``: in all patches alike, `REST` times the
+    mean relative divergence of the loudest of those who are ``chosen`` anywhere."""
+    means = relative.mean(dim=(-2, -1), keepdim=True) * members_of(relative, chosen)[..., None, None]
+    return (REST * means.amax(dim=0, keepdim=True)).expand_as(relative[:1])
+
+
+def disagreement(eps: Tensor, eps_base: Tensor, members: Tensor) -> Tensor:
+    """How much of what LoRAs change is not common to them, ``[R]`` in [0, 1]: 0 for one LoRA and for copies of it, 1
+    for changes that have nothing to do with one another. Of ``eps [N, R, C, H, W]``, ``eps_base [R, C, H, W]`` and the
+    ``members [N, R]``.
+
+    The variance of the changes over the members, in that of as many independent ones of the same size.
+    """
+    there = members[..., None, None, None]
+    change = (eps.float() - eps_base.float()).masked_fill(~there, 0)
+    count = members.sum(dim=0).float()
+    mean = change.sum(dim=0) / count.clamp(min=1).view(-1, 1, 1, 1)
+    apart = (change - mean).masked_fill(~there, 0).square().sum(dim=(0, 2, 3, 4))
+    alone = change.square().sum(dim=(0, 2, 3, 4))
+    found = apart / torch.where(alone == 0, torch.ones_like(alone), alone) * count / (count - 1).clamp(min=1)
+    return found.masked_fill(found < ALIKE, 0).clamp(max=1)
+
+
+def without_home(relative: Tensor, members: Tensor) -> Tensor:
+    """How far there is a rest at all, ``[R]`` in [0, 1]: none where one of the ``members [N, R]`` is at home in most of
+    the image, as a style or a background is. By what is typical of it in units of its mean, of ``relative [N, R, h,
+    w]``."""
+    mean = relative.mean(dim=(-2, -1))
+    flat = typical(relative) / torch.where(mean == 0, torch.ones_like(mean), mean) * members
+    return (1 - flat.amax(dim=0) ** FLATNESS).clamp(min=0)
+
+
+def base_claim(eps: Tensor, eps_base: Tensor, relative: Tensor, chosen: Tensor | None) -> Tensor:
+    """The factor on the base model's weight where it competes for the rest, ``[R]`` in [0, 1]."""
+    members = members_of(relative, chosen)
+    return disagreement(eps, eps_base, members) * without_home(relative, members)
