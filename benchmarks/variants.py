@@ -15,9 +15,11 @@ SWITCH = {"method": "switch", "switch_every": 2}  # so that in a few steps each 
 PAPER = {"preset": "paper"}
 COMPETING = {"styles": "compete"}
 """A style competes like any other LoRA."""
-STYLES_ONLY = {"styles": "everywhere"}
+STYLES_ONLY = {"styles": "everywhere", "rest": False}
 """A style is in every pass, a background competes, and all of the image is shared out: the defaults before."""
-EVERY_PATCH = {"regions": False}
+SHARED_OUT = {"rest": False}
+"""The LoRAs share out the whole image, wherever nobody's surroundings are in every pass."""
+EVERY_PATCH = {"regions": False, **SHARED_OUT}
 """What is told of a patch decides there, and nothing else: the defaults without whole regions."""
 PATCH_BY_PATCH = {"patches": "grid", "momentum": 0.0, **EVERY_PATCH, **COMPETING}
 """Every patch and every step for itself, as in the paper."""
@@ -54,8 +56,9 @@ CEILINGS = (
     {**CEILING_OF_SHARES, "base_share": 0.25},
 )
 """The ceiling is the best of them: what perfect information reaches also depends on how it is used."""
-FORMER_DEFAULTS = ({**EVERY_PATCH, **COMPETING}, {**EVERY_PATCH, **STYLES_ONLY}, STYLES_ONLY)
-"""The defaults before styles were in every pass, before whole regions, and before surroundings were."""
+FORMER_DEFAULTS = ({**EVERY_PATCH, **COMPETING}, {**EVERY_PATCH, **STYLES_ONLY}, STYLES_ONLY, SHARED_OUT)
+"""The defaults before styles were in every pass, before whole regions, before surroundings were, and before the rest
+was the bare model's."""
 BOUNDS = (TRUTH, *CEILINGS, MERGE, *FORMER_DEFAULTS, {})
 FORMER = {**PATCH_BY_PATCH, "base_share": 0.5}
 """The first defaults on this world."""
@@ -73,7 +76,8 @@ SWEEP = (
     *({"base_share": share} for share in (0.0, 0.5)),
     *({"patches": "grid", "upsampling": upsampling} for upsampling in ("nearest", "bilinear")),
     *({"momentum": momentum} for momentum in (0.0, 0.9)),
-    EVERY_PATCH,
+    {"regions": False},
+    SHARED_OUT,
     *({"combination": "gates", "sharpness": q} for q in (4.0, 2.0)),
 )
 """The defaults with one option otherwise, beside the best use of perfect information."""
@@ -148,6 +152,8 @@ def variant_name(options: Options) -> str:
         words.append(f"momentum {settings.momentum:g}")
     if settings.matters(OPTION["regions"]):
         words.append("whole regions")
+    if settings.matters(OPTION["rest"]):
+        words.append("rest to the bare model")
     if settings.top_k:
         words.append(f"top {settings.top_k} per {settings.selection_scope}")
         if settings.reselect_every > 1:

@@ -55,11 +55,12 @@ def mask_place(mask: str, height: int, width: int) -> Tensor:
 class Claim:
     """A LoRA's claim to the image: at first that of every LoRA of the method, everywhere and always.
 
-    ``at``: edges of the place where it may act, left, top, right, bottom in fractions of the image. ``share``: a factor
-    on its claim. ``steps``: the fractions of the steps between which it takes part. ``mask``: where it may act, in the
-    form of `masks`; with a place, where both say so. ``words``: its trigger words, by phrases; none where they are not
-    known. ``base``: it is in every pass, and claims nothing. ``yields``: where it is not clearly at home it leaves the
-    image to who is in every pass. ``images``: of each of a batch's images, whether it takes part; None: in all.
+    ``at``: edges of the place where it may act, left, top, right, bottom in fractions of the image. ``share``: a
+    factor on its claim. ``steps``: the fractions of the steps between which it takes part. ``mask``: where it may
+    act, in the form of `masks`; with a place, where both say so. ``words``: its trigger words, by phrases; none
+    where they are not known. ``base``: it is in every pass, and claims nothing. ``yields``: where it is not clearly
+    at home it leaves the image to who is in every pass. ``keeps``: it is at home where nobody else is, as a style
+    or a background. ``images``: of each of a batch's images, whether it takes part; None: in all.
     """
 
     at: Box | None = None
@@ -69,6 +70,7 @@ class Claim:
     words: tuple[str, ...] = ()
     base: bool = False
     yields: bool = False
+    keeps: bool = False
     images: tuple[bool, ...] | None = None
 
     @classmethod
@@ -137,13 +139,21 @@ def rest_of(claims: Sequence[Claim], image_of_row: Sequence[int]) -> Tensor | No
     return torch.tensor(rows) if claims and any(rows) else None
 
 
+def kept_of(claims: Sequence[Claim], image_of_row: Sequence[int]) -> Tensor | None:
+    """Of R rows, whose images ``image_of_row`` are, in which somebody takes part who keeps what nobody else is clearly
+    at home in, ``[R]``; None: no row."""
+    rows = [any(claim.keeps for claim in claims if claim.acts_in(image)) for image in image_of_row]
+    return torch.tensor(rows) if any(rows) else None
+
+
 def places_and_shares(claims: Sequence[Claim], like: Tensor, image_of_row: Sequence[int]) -> dict[str, Tensor | None]:
-    """``place``, ``share`` and ``rest`` of `Predictions`, in latents of the size and on the device of ``like [..., H,
-    W]``; of the claims of those who take part in a step."""
+    """``place``, ``share``, ``rest`` and ``kept`` of `Predictions`, in latents of the size and on the device of ``like
+    [..., H, W]``; of the claims of those who take part in a step."""
     found = {
         "place": place_of(claims, *like.shape[-2:], image_of_row),
         "share": share_of(claims),
         "rest": rest_of(claims, image_of_row),
+        "kept": kept_of(claims, image_of_row),
     }
     return {name: None if each is None else each.to(like.device) for name, each in found.items()}
 
@@ -257,7 +267,12 @@ def claims_of(settings: Any, tagged: Sequence[Tagged]) -> Claims:
     free = [not all_asked and not tag.pooled and parts.keys() <= {"words"} for tag, parts in zip(tagged, said)]
     joining = in_every_pass(styles, claims, kinds, free)
     claims = [replace(claim, base=claim.base or joins) for claim, joins in zip(claims, joining)]
-    claims = [replace(claim, yields=each) for claim, each in zip(claims, yielding(styles, claims, kinds))]
+    yields = yielding(styles, claims, kinds)
+    asked = settings.matters(OPTION["rest"])
+    claims = [
+        replace(claim, yields=each, keeps=asked and bool(kind) and not claim.base and not each)
+        for claim, kind, each in zip(claims, kinds, yields)
+    ]
 
     def joined(as_kind: str) -> tuple[str, ...]:
         return tuple(tag.lora.name for tag, kind, joins in zip(tagged, kinds, joining) if joins and kind == as_kind)

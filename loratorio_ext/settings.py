@@ -558,8 +558,8 @@ OPTIONS = (
         "Styles and backgrounds",
         "LoRAs with a tag that are styles or a background by name, folder or trigger words. surroundings: styles, or "
         "else the background, act in every pass, the bare model's too, and what no other LoRA is clearly at home in "
-        "is left to it. everywhere: styles act in every pass; the others share out the whole image. compete: they "
-        "compete for patches like the others.",
+        "is left to it. everywhere: styles act in every pass, and backgrounds compete. compete: both compete for "
+        "patches like the others.",
         group="In every pass",
         choices=("surroundings", "everywhere", "compete"),
         methods=LORATORIO,

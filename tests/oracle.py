@@ -351,7 +351,7 @@ def coverage(prior, mask):
 
 def loratorio(
     eps, eps_base, cond, uncond, base_uncond, image_of_row, options, mask=None, place=None, share=None, base_cond=None,
-    relative=None, rest=False,
+    relative=None, rest=False, kept=False,
 ):  # fmt: skip
     """Sections 1 to 4, or the gated sum: (cond [R,C,H,W], uncond [B,C,H,W] or None, patch weights [N,R,h,w]).
 
@@ -359,8 +359,8 @@ def loratorio(
     act, the rest is ``base_cond [R,C,H,W]`` and ``base_uncond``; ``share [N]``: a factor on everyone's claim.
     ``relative [N,R,h,w]``: the relative divergences, where earlier steps have a part in them. ``rest``: whether
     the base competes as well, like one more LoRA, in all rows or ``[R]``; in others it does by the option ``rest``,
-    as far as `claim_of_base` says, but beside nobody and beside places. What it wins is ``base_cond`` and
-    ``base_uncond``.
+    as far as `claim_of_base` says, but beside nobody, beside places, and where ``kept``, as ``rest``, says no. What it
+    wins is ``base_cond`` and ``base_uncond``.
     """
     p = options["patch_size"]
     similarity = SIMILARITY[options["patches"]](eps, eps_base, p)
@@ -385,8 +385,9 @@ def loratorio(
         claim, rivals = np.stack([[share_of[i] * prior[i]] * rows for i in range(n)]), mask
         if options["rest"] and n > 1:
             claims = claim_of_base(eps, eps_base, relative, mask)
+            kept = np.broadcast_to(kept, (rows,))
             for j in range(rows):
-                if not rest[j] and (everywhere or not placed(place, j)):
+                if not rest[j] and not kept[j] and (everywhere or not placed(place, j)):
                     rest[j] = claims[j]
         if np.any(rest):
             relative = np.concatenate([relative, of_rest(relative, mask)])

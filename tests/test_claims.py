@@ -387,13 +387,13 @@ class TestClaims:
 
     def test_loras_of_a_pool_have_claims_too(self):
         robot = Tagged(lora("styles/robot"))
-        assert claims(robot, loras={"robot": {"at": "top"}}).each == (Claim(at=PLACES["top"]),)
+        assert claims(robot, loras={"robot": {"at": "top"}}).each == (Claim(at=PLACES["top"], keeps=True),)
 
     @pytest.mark.parametrize("name", ["oil", "styles/oil", "Oil painting"])
     def test_by_name_path_or_alias(self, name):
         oil = Tagged(lora("styles/oil", alias="Oil painting"), ("Oil painting", "1"))
         found = claims("a", oil, loras={name: {"share": 3}})
-        assert found == Claims((Claim(), Claim(share=3.0)))
+        assert found == Claims((Claim(), Claim(share=3.0, keeps=True)))
 
     def test_patterns_name_several(self):
         found = claims("robot_a", "robot_b", "cat", loras={"robot*": {"share": 3}})
@@ -569,6 +569,23 @@ class TestBackgrounds:
             found = claims_of(settings, [tagged("zorg:1"), tagged(other)]).each
             assert [claim.base for claim in found] == [False, base]
             assert not any(claim.yields for claim in found)
+            asked = settings.rest and settings.method == "loratorio"
+            assert [claim.keeps for claim in found] == [False, asked and not base]
+
+    @pytest.mark.parametrize("other, keeps", [(TOWN, True), (OIL, True), ("knight:1", False)], ids=str)
+    def test_what_is_known_to_be_a_style_or_a_background_keeps_the_rest_where_it_competes(self, other, keeps):
+        def kept(**options):
+            found = claims("zorg:1", tagged(other), styles="compete", **options).each
+            return places_and_shares(found, torch.zeros(2, 4, 8, 8), (0, 1))["kept"]
+
+        assert (kept().tolist() == [True, True]) if keeps else kept() is None
+        assert kept(rest=False) is None
+
+    def test_it_does_in_the_images_in_which_it_takes_part(self):
+        town = Tagged(lora("town"), words=("skyline town",), pooled=True)
+        found = claims("zorg:1", "knight:1", town).each
+        heeded = heeding(found, [False, False, True], ["zorg", "zorg, skyline town"], "drop_pooled")
+        assert places_and_shares(heeded, torch.zeros(2, 4, 8, 8), (0, 1, 1))["kept"].tolist() == [False, True, True]
 
     def test_one_of_a_pool_competes(self):
         town = Tagged(lora("town"), words=("skyline town",), pooled=True)

@@ -60,7 +60,10 @@ def expected(predictions, chosen, mask=None):
         mask,
         *(maybe(each) for each in (predictions.place, predictions.share)),
         exact(predictions.host_cond),
-        rest=False if predictions.rest is None else predictions.rest.numpy(),
+        **{
+            name: False if getattr(predictions, name) is None else getattr(predictions, name).numpy()
+            for name in ("rest", "kept")
+        },
     )
 
 

@@ -149,6 +149,14 @@ class TestWeights:
         assert_close(weights[:, 0].sum(dim=0), torch.ones(SIZE, SIZE).numpy())
         assert_close(weights[:, [1]], of(eps[:, [1]], eps_base[[1]]).double().numpy())
 
+    def test_who_is_known_to_keep_the_rest_does_row_by_row(self):
+        eps, eps_base = things(rows=2)
+        method = whole(relativity=1.0, temperature=0.3, rest=True)
+        weights = method.weights(eps, eps_base, kept=torch.tensor([True, False]))
+        assert_close(weights[:, 0], of(eps[:, [0]], eps_base[[0]], rest=False)[:, 0].double().numpy(), tolerance=1e-2)
+        assert_close(weights[:, 0].sum(dim=0), torch.ones(SIZE, SIZE).numpy())
+        assert weights[:, 1].sum(dim=0).min() < 0.1
+
     def test_who_is_not_in_an_image_disagrees_with_nobody_there(self):
         eps, eps_base = things(rows=2)
         place = torch.ones(2, 2, SIZE, SIZE)
@@ -162,7 +170,8 @@ class TestWeights:
         chosen |= {"combination": "shares", "rest": True, "relativity": 1.0}
         place = data.draw(st.one_of(st.none(), places(n)))
         share = data.draw(st.one_of(st.none(), shares(n)))
-        predictions = step(n, rows, seed, size=(12, 8))
+        kept = data.draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows)))
+        predictions = replace(step(n, rows, seed, size=(12, 8)), kept=torch.tensor(kept) if any(kept) else None)
         quiet = 0.05 + (torch.rand(n, 1, 1, 12, 8, generator=generator(seed)) > 0.8).float()
         eps = predictions.eps_base + quiet * (predictions.eps - predictions.eps_base)
         cond = predictions.host_cond + predictions.gain * (eps - predictions.eps_base)

@@ -619,6 +619,7 @@ class TestInfotext:
             "LoRAtorio sharpness": "4.0",
             "LoRAtorio styles": "surroundings",
             "LoRAtorio regions": "True",
+            "LoRAtorio rest": "True",
             "LoRAtorio version": __version__,
         }
         assert Settings(enabled=True, method="merge").to_infotext().keys() == {

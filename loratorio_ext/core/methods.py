@@ -60,7 +60,7 @@ class Predictions:
     members may act; None: everywhere.
     ``share [M]``, above 0: a factor on each member's claim; None: 1 for all.
     ``rest [R]``: of which rows the host's own pass knows the surroundings, and is at home where no member clearly is;
-    None: of none.
+    ``kept [R]``: of which one of the members is at home there, however little it diverges; None: of none.
     """
 
     host_cond: Tensor
@@ -77,6 +77,7 @@ class Predictions:
     place: Tensor | None = None
     share: Tensor | None = None
     rest: Tensor | None = None
+    kept: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -213,18 +214,21 @@ class LoRAtorio:
         chosen: Tensor | None,
         place: Tensor | None,
         rest: Tensor | None,
+        kept: Tensor | None,
     ) -> Tensor | None:
         """The factor on the base model's weight where it competes, ``[R]`` in [0, 1]; None: it does nowhere.
 
         In full in rows of ``rest``, where its pass knows the surroundings. In others as far as the LoRAs disagree and
-        none is at home in most of the image (`base_claim`), but where one of them has a place: who is at home is said
-        there.
+        none is at home in most of the image (`base_claim`), but where that is known by other means: somebody has a
+        place, or somebody keeps the rest (``kept``).
         """
         if not self.leaves_rest(len(eps)):
             return None if rest is None else rest.float()
         claim = base_claim(eps, eps_base, relative, chosen)
         if place is not None:
             claim = claim * whole(by_row(place))
+        if kept is not None:
+            claim = claim.masked_fill(kept, 0)
         return claim if rest is None else torch.where(rest, torch.ones_like(claim), claim)
 
     def weights(
@@ -236,6 +240,7 @@ class LoRAtorio:
         share: Tensor | None = None,
         relative: Tensor | None = None,
         rest: Tensor | None = None,
+        kept: Tensor | None = None,
     ) -> Tensor:
         """Patch weights Omega ``[N, R, h, w]``, or gates, from the predicted noise of LoRAs and base model.
 
@@ -264,7 +269,7 @@ class LoRAtorio:
         if prior is not None:
             log_claim = log_claim + prior.log()
         competing = chosen
-        base = self.claim_of_base(eps, eps_base, relative, chosen, place, rest)
+        base = self.claim_of_base(eps, eps_base, relative, chosen, place, rest, kept)
         if base is not None:
             everyone = torch.ones_like(relative, dtype=torch.bool) if chosen is None else chosen
             base = base.view(1, -1, 1, 1).expand_as(relative[:1])
@@ -303,6 +308,7 @@ class LoRAtorio:
             predictions.share,
             predictions.relative,
             predictions.rest,
+            predictions.kept,
         )
         pixels = upsample_weights(weights, size, self.side, self.upsampling)
         if uncond is not None and self.base_share < 1:
