@@ -208,7 +208,7 @@ def claim_of_base(eps, eps_base, relative, mask):
         members = [i for i in range(n) if mask[i, j].any()]
         if len(members) < 2:
             continue
-        changes = [np.asarray(eps[i, j], np.float64) - np.asarray(eps_base[j], np.float64) for i in members]
+        changes = [np.asarray(eps[i][j], np.float64) - np.asarray(eps_base[j], np.float64) for i in members]
         mean, k = sum(changes) / len(changes), len(changes)
         alone = sum((change**2).sum() for change in changes)
         apart = sum(((change - mean) ** 2).sum() for change in changes)

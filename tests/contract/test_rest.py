@@ -1,0 +1,69 @@
+"""What no LoRA is clearly at home in is the bare model's: as by brute force, and where it must not be, it is not.
+
+By single pixels: only their divergences, of the tiny model's, are uneven enough to leave anything.
+"""
+
+import pytest
+
+from tests.contract.rows import THREE, TOLERANCE, TWO, largest, mean
+
+PER_PIXEL = {"patch_size": 1}
+SHARED_OUT = {**PER_PIXEL, "rest": False}
+HIRES = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7}
+
+REQUESTS = {
+    "two": {"prompt": TWO},
+    "three": {"prompt": THREE},
+    "AND": {"prompt": f"{TWO} AND a dog :0.5"},
+    "batches": {"prompt": TWO, "batch_size": 2, "n_iter": 2},
+    "hires": {"prompt": TWO, **HIRES},
+    "DDIM": {"prompt": TWO, "sampler_name": "DDIM"},
+    "DPM++ 2M": {"prompt": TWO, "sampler_name": "DPM++ 2M"},
+    "CFG 1": {"prompt": TWO, "cfg_scale": 1.0},
+}
+OPTIONS = {
+    "patch by patch": {"patches": "grid", "patch_size": 2, "momentum": 0.0, "regions": False},
+    "fixed temperature": {"temperature_mode": "fixed", "temperature": 0.1},
+    "top 2 of the image": {"top_k": 2},
+    "one refreshed a step": {"refresh": 1},
+    "selected every other step": {"top_k": 2, "reselect_every": 2},
+    "base share 0": {"base_share": 0.0},
+    "base share 1": {"base_share": 1.0},
+}
+
+
+@pytest.mark.parametrize("request_", REQUESTS.values(), ids=REQUESTS)
+def test_requests(contract, request_):
+    composed = contract.assert_composes(PER_PIXEL, **request_)
+    assert mean(composed.images, contract.composed(SHARED_OUT, **request_).images) > 0.5
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options(contract, options):
+    composed = contract.assert_composes({**PER_PIXEL, **options}, prompt=THREE)
+    assert mean(composed.images, contract.composed({**SHARED_OUT, **options}, prompt=THREE).images) > 0.5
+
+
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"combination": "gates"}, {"method": "composite"}], ids=str)
+def test_what_knows_no_rest(contract, options):
+    """One LoRA that was picked has nobody to disagree with; gates and other methods leave nothing."""
+    left, shared_out = (contract.composed({**each, **options}, prompt=THREE) for each in (PER_PIXEL, SHARED_OUT))
+    assert largest(left.images, shared_out.images) == 0
+
+
+@pytest.mark.parametrize("words", ["oil style", "skyline town"])
+def test_a_known_style_or_background_that_competes_keeps_it(contract, words):
+    prompt = TWO.replace("<lora:lora:1>", f"<lora:lora:1:words={words}>")
+    kept, left = (contract.composed({**PER_PIXEL, "styles": "compete"}, prompt=each) for each in (prompt, TWO))
+    shared_out = contract.composed({**SHARED_OUT, "styles": "compete"}, prompt=prompt)
+    assert largest(kept.images, shared_out.images) <= TOLERANCE
+    assert mean(kept.images, left.images) > 0.5
+
+
+@pytest.mark.parametrize("part", ["at=left", "at=0-0-1-1", "steps=0-0.5"])
+def test_beside_a_place_nothing_is_left(contract, part):
+    """But what is the whole image is no place, and steps are none."""
+    prompt = TWO.replace("<lora:lora:1>", f"<lora:lora:1:{part}>")
+    left, shared_out = (contract.composed(options, prompt=prompt) for options in (PER_PIXEL, SHARED_OUT))
+    same = largest(left.images, shared_out.images) <= TOLERANCE
+    assert same == (part == "at=left")
