@@ -186,7 +186,7 @@ def at_least_typical(relative):
     return out
 
 
-REST, FLATNESS, ALIKE = 1.5, 4, 1e-3
+REST, ALIKE = 1.5, 1e-3
 
 
 def of_rest(relative, mask):
@@ -199,9 +199,10 @@ def of_rest(relative, mask):
 
 
 def claim_of_base(eps, eps_base, relative, mask):
-    """[R]: what the base's weight is multiplied by where it has no rest by itself. The variance of what those in the
-    mask anywhere change, as a part of what it were if they had nothing in common; less than a thousandth is rounding.
-    Times 1 - t**4, where t is the largest of their typical divergences, in units of each one's mean."""
+    """[R]: what the base's weight is multiplied by where it has no rest by itself, and what it competes by. The
+    variance of what those in the mask anywhere change, as a part of what it were if they had nothing in common: a half
+    is all, less than a thousandth is rounding. Times 1 - t, where t is the largest of their typical divergences, in
+    units of each one's mean: a quarter is all."""
     n, rows, h, w = relative.shape
     out = np.zeros(rows)
     for j in range(rows):
@@ -219,7 +220,7 @@ def claim_of_base(eps, eps_base, relative, mask):
         for i in members:
             average = relative[i, j].sum() / (h * w)
             flat = max(flat, typical(relative[i, j]) / average if average > 0 else 0)
-        out[j] = min(disagreement, 1) * max(0, 1 - flat**FLATNESS)
+        out[j] = min(disagreement / 0.5, 1) * min(max((1 - flat) / 0.25, 0), 1)
     return out
 
 
@@ -382,7 +383,8 @@ def loratorio(
         weights = gates(relative, options["sharpness"], mask, share_of, prior)
     else:
         tau = options["temperature"]
-        claim, rivals = np.stack([[share_of[i] * prior[i]] * rows for i in range(n)]), mask
+        claim, rivals, spread = np.stack([[share_of[i] * prior[i]] * rows for i in range(n)]), mask, mask
+        known = rest > 0
         if options["rest"] and n > 1:
             claims = claim_of_base(eps, eps_base, relative, mask)
             kept = np.broadcast_to(kept, (rows,))
@@ -390,11 +392,12 @@ def loratorio(
                 if not rest[j] and not kept[j] and (everywhere or not placed(place, j)):
                     rest[j] = claims[j]
         if np.any(rest):
-            relative = np.concatenate([relative, of_rest(relative, mask)])
-            claim = np.concatenate([claim, np.broadcast_to(rest.reshape(1, -1, 1, 1), mask[:1].shape)])
-            rivals = np.concatenate([mask, np.broadcast_to(rest.reshape(1, -1, 1, 1) > 0, mask[:1].shape)])
+            of_base, known = (np.broadcast_to(each.reshape(1, -1, 1, 1), mask[:1].shape) for each in (rest, known))
+            relative = np.concatenate([relative, of_base * of_rest(relative, mask)])
+            claim, rivals = np.concatenate([claim, of_base]), np.concatenate([mask, of_base > 0])
+            spread = np.concatenate([mask, known])
         if options["temperature_mode"] == "adaptive":
-            tau = adaptive_temperature(-relative, tau, rivals)
+            tau = adaptive_temperature(-relative, tau, spread)
         if options["regions"]:
             relative = at_least_typical(relative)
             alone = softmin_weights(-relative, tau, mask=rivals, claim=claim)

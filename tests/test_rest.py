@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loratorio_ext import core
-from loratorio_ext.core.rest import ALIKE, REST, base_claim, disagreement, of_rest, without_home
+from loratorio_ext.core.rest import ALIKE, REST, base_claim, disagreement, of_rest, room
 from tests import oracle
 from tests.test_core import assert_close, exact, generator, method_options, options, similarities, step
 from tests.test_places import ROWS, assert_agree, expected, places, shares
@@ -89,17 +89,19 @@ class TestHome:
     def test_who_is_everywhere_leaves_no_rest_and_who_has_a_corner_does(self):
         background, thing = scene()
         relative = core.relative_divergence(scene(), 1.0)
-        assert without_home(relative, members(2)).tolist() == [0]
-        assert without_home(relative, torch.tensor([[False], [True]])).item() > 0.9
+        assert room(relative, members(2)).tolist() == [0]
+        assert room(relative, torch.tensor([[False], [True]])).tolist() == [1]
         even = torch.ones_like(background)
-        assert without_home(torch.stack([even, thing]), members(2)).item() == pytest.approx(0, abs=1e-6)
+        assert room(torch.stack([even, thing]), members(2)).item() == pytest.approx(0, abs=1e-6)
+        in_half = torch.linspace(0, 1, SIZE * SIZE).view(1, 1, SIZE, SIZE) ** 3
+        assert 0 < room(in_half, members(1)).item() < 1
 
     def test_it_is_asked_in_units_of_each_ones_mean(self):
         relative = torch.cat([scene()[1:], 100 * scene()[1:]])
-        assert_close(without_home(relative, members(2)), without_home(relative[:1], members(1)).numpy())
+        assert_close(room(relative, members(2)), room(relative[:1], members(1)).numpy())
 
     def test_who_diverges_nowhere_is_at_home_nowhere(self):
-        assert without_home(torch.zeros(2, 1, SIZE, SIZE), members(2)).tolist() == [1]
+        assert room(torch.zeros(2, 1, SIZE, SIZE), members(2)).tolist() == [1]
 
 
 class TestWeights:

@@ -216,7 +216,8 @@ class LoRAtorio:
         rest: Tensor | None,
         kept: Tensor | None,
     ) -> Tensor | None:
-        """The factor on the base model's weight where it competes, ``[R]`` in [0, 1]; None: it does nowhere.
+        """The factor on the base model's weight where it competes, and on what it competes by, ``[R]`` in [0, 1]; None:
+        it does nowhere.
 
         In full in rows of ``rest``, where its pass knows the surroundings. In others as far as the LoRAs disagree and
         none is at home in most of the image (`base_claim`), but where that is known by other means: somebody has a
@@ -253,7 +254,7 @@ class LoRAtorio:
         no gap between them, and the rest is the base model's.
 
         Where the base model competes, too (`claim_of_base`), it does in every patch alike (`of_rest`), and what it wins
-        the weights lack. Gates need no such rival: who fades leaves the base model's prediction.
+        the weights lack. It has a part in the temperature where its pass knows the surroundings. Gates need no such rival: who fades leaves the base model's prediction.
         """
         prior = self.prior(place)
         choosing = chosen is None and self.chooses(len(eps), prior)
@@ -268,17 +269,18 @@ class LoRAtorio:
             log_claim = log_claim + share.float().log().view(-1, 1, 1, 1)
         if prior is not None:
             log_claim = log_claim + prior.log()
-        competing = chosen
+        competing = measured = chosen
         base = self.claim_of_base(eps, eps_base, relative, chosen, place, rest, kept)
         if base is not None:
             everyone = torch.ones_like(relative, dtype=torch.bool) if chosen is None else chosen
-            base = base.view(1, -1, 1, 1).expand_as(relative[:1])
-            competing = torch.cat([everyone, base > 0])
-            relative = torch.cat([relative, of_rest(relative, chosen)])
+            known = torch.zeros_like(base, dtype=torch.bool) if rest is None else rest
+            base, known = (each.view(1, -1, 1, 1).expand_as(relative[:1]) for each in (base, known))
+            competing, measured = torch.cat([everyone, base > 0]), torch.cat([everyone, known])
+            relative = torch.cat([relative, base * of_rest(relative, chosen)])
             log_claim = torch.cat([log_claim, base.log()])
         score = -relative
         adaptive = self.temperature_mode == "adaptive"
-        temperature = adaptive_temperature(score, self.temperature, competing) if adaptive else self.temperature
+        temperature = adaptive_temperature(score, self.temperature, measured) if adaptive else self.temperature
         if competing is not None:
             log_claim = log_claim.masked_fill(~competing, -torch.inf)
         if self.regions:

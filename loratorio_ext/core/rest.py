@@ -11,8 +11,10 @@ from loratorio_ext.core.regions import typical
 
 REST = 1.5
 """So many times its mean must a LoRA diverge to be at home in a patch that is the base model's otherwise."""
-FLATNESS = 4.0
-"""The power of a LoRA's typical divergence, in units of its mean, that the base model's claim lacks because of it."""
+STRANGERS = 0.5
+"""LoRAs that disagree by this much are strangers to one another: there is no less of a rest because they agree."""
+CORNER = 0.75
+"""So many times its mean is at most typical of a LoRA that has its corner of the image, and leaves a rest in full."""
 ALIKE = 1e-3
 """LoRAs that disagree less differ by what rounding makes of equal ones, in half precision as well."""
 
@@ -48,16 +50,18 @@ def disagreement(eps: Tensor, eps_base: Tensor, members: Tensor) -> Tensor:
     return found.masked_fill(found < ALIKE, 0).clamp(max=1)
 
 
-def without_home(relative: Tensor, members: Tensor) -> Tensor:
+def room(relative: Tensor, members: Tensor) -> Tensor:
     """How far there is a rest at all, ``[R]`` in [0, 1]: none where one of the ``members [N, R]`` is at home in most of
-    the image, as a style or a background is. By what is typical of it in units of its mean, of ``relative [N, R, h,
-    w]``."""
+    the image, as a style or a background is, so that its mean is typical of it; all where each has its `CORNER`. Of
+    ``relative [N, R, h, w]``."""
     mean = relative.mean(dim=(-2, -1))
     flat = typical(relative) / torch.where(mean == 0, torch.ones_like(mean), mean) * members
-    return (1 - flat.amax(dim=0) ** FLATNESS).clamp(min=0)
+    return ((1 - flat.amax(dim=0)) / (1 - CORNER)).clamp(0, 1)
 
 
 def base_claim(eps: Tensor, eps_base: Tensor, relative: Tensor, chosen: Tensor | None) -> Tensor:
-    """The factor on the base model's weight where it competes for the rest, ``[R]`` in [0, 1]."""
+    """The factor on the base model's weight where it competes for the rest, and on what it competes by: ``[R]`` in
+    [0, 1]."""
     members = members_of(relative, chosen)
-    return disagreement(eps, eps_base, members) * without_home(relative, members)
+    strange = (disagreement(eps, eps_base, members) / STRANGERS).clamp(max=1)
+    return strange * room(relative, members)

@@ -22,7 +22,7 @@ REQUESTS = {
     "CFG 1": {"prompt": TWO, "cfg_scale": 1.0},
 }
 OPTIONS = {
-    "patch by patch": {"patches": "grid", "patch_size": 2, "momentum": 0.0, "regions": False},
+    "pixel by pixel": {"patches": "grid", "momentum": 0.0, "regions": False},
     "fixed temperature": {"temperature_mode": "fixed", "temperature": 0.1},
     "top 2 of the image": {"top_k": 2},
     "one refreshed a step": {"refresh": 1},
