@@ -254,7 +254,8 @@ class LoRAtorio:
         no gap between them, and the rest is the base model's.
 
         Where the base model competes, too (`claim_of_base`), it does in every patch alike (`of_rest`), and what it wins
-        the weights lack. It has a part in the temperature where its pass knows the surroundings. Gates need no such rival: who fades leaves the base model's prediction.
+        the weights lack. It has a part in the temperature where its pass knows the surroundings. Gates need no such
+        rival: who fades leaves the base model's prediction.
         """
         prior = self.prior(place)
         choosing = chosen is None and self.chooses(len(eps), prior)
