@@ -68,6 +68,13 @@ class TestDisagreement:
         opposite = torch.stack([eps[0], 2 * eps_base - eps[0]])
         assert disagreement(opposite, eps_base, members(2)).tolist() == [1]
 
+    @pytest.mark.parametrize("scale", [1e-30, 1e30])
+    def test_however_large_the_changes_are(self, scale):
+        eps, eps_base = things()
+        change = eps - eps_base
+        found = disagreement(scale * change, torch.zeros_like(eps_base), members(2))
+        assert_close(found, disagreement(change, torch.zeros_like(eps_base), members(2)).double().numpy())
+
     def test_nobody_alone_disagrees(self):
         eps, eps_base = things()
         assert disagreement(eps, eps_base, torch.tensor([[True], [False]])).tolist() == [0]

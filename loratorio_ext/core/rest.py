@@ -38,10 +38,13 @@ def disagreement(eps: Tensor, eps_base: Tensor, members: Tensor) -> Tensor:
     for changes that have nothing to do with one another. Of ``eps [N, R, C, H, W]``, ``eps_base [R, C, H, W]`` and the
     ``members [N, R]``.
 
-    The variance of the changes over the members, in that of as many independent ones of the same size.
+    The variance of the changes over the members, in that of as many independent ones of the same size. The largest
+    change is divided out first, so that no square overflows or vanishes.
     """
     there = members[..., None, None, None]
     change = (eps.float() - eps_base.float()).masked_fill(~there, 0)
+    largest = change.abs().amax(dim=(0, 2, 3, 4)).view(-1, 1, 1, 1)
+    change = change / torch.where(largest == 0, torch.ones_like(largest), largest)
     count = members.sum(dim=0).float()
     mean = change.sum(dim=0) / count.clamp(min=1).view(-1, 1, 1, 1)
     apart = (change - mean).masked_fill(~there, 0).square().sum(dim=(0, 2, 3, 4))
