@@ -15,10 +15,10 @@ SWITCH = {"method": "switch", "switch_every": 2}  # so that in a few steps each 
 PAPER = {"preset": "paper"}
 COMPETING = {"styles": "compete"}
 """A style competes like any other LoRA."""
-STYLES_ONLY = {"styles": "everywhere", "rest": False}
-"""A style is in every pass, a background competes, and all of the image is shared out: the defaults before."""
 SHARED_OUT = {"rest": False}
 """The LoRAs share out the whole image, wherever nobody's surroundings are in every pass."""
+STYLES_ONLY = {"styles": "everywhere", **SHARED_OUT}
+"""A style is in every pass, a background competes, and all of the image is shared out: the defaults before."""
 EVERY_PATCH = {"regions": False, **SHARED_OUT}
 """What is told of a patch decides there, and nothing else: the defaults without whole regions."""
 PATCH_BY_PATCH = {"patches": "grid", "momentum": 0.0, **EVERY_PATCH, **COMPETING}
