@@ -27,6 +27,7 @@ HOST_OPTIONS = {
 }
 """Every option that a row may change, at its usual value: a host keeps overridden options it never knew before."""
 
+HIRES = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7}
 TWO = "a cat on a hill <lora:lora:1> <lora:locon:0.8>"
 THREE = f"{TWO} <lora:unet_only:0.9>"
 

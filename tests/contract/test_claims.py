@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 
-from tests.contract.rows import TOLERANCE, TWO, largest, mean
+from tests.contract.rows import HIRES, TOLERANCE, TWO, largest, mean
 from tests.live.webui import RequestError, encode_image
 
 CAT = "a cat on a hill"
-HIRES = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7}
 
 
 def same(first, second, tolerance: int = 0) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.contract.rows import THREE, TOLERANCE, TWO, Contract, largest, mean
+from tests.contract.rows import HIRES, THREE, TOLERANCE, TWO, Contract, largest, mean
 from tests.live.webui import RequestError
 
 HERE = Path(__file__).parent
@@ -69,7 +69,6 @@ ELSEWHERE += ["renames_networks", "runs_scripts_on_a_copy"]
 REFUSED = ["has_loras_of_its_own", "has_texts_of_its_own", "changes_the_text", "decides_where_loras_act", "alternates"]
 REFUSED += ["takes_parts_from_the_step_before", "gathers_what_it_sees", "brings_texts_of_its_own"]
 
-HIRES = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7}
 REQUESTS = {
     "as it is": {},
     "batch of 2": {"batch_size": 2},

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.contract.rows import THREE, TWO
+from tests.contract.rows import HIRES, THREE, TWO
 from tests.live.webui import encode_image
 
 SAMPLERS = [
@@ -100,7 +100,6 @@ REQUESTS = {
     "subseed": {"prompt": TWO, "subseed": 5, "subseed_strength": 0.4},
 }
 
-HIRES = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7}
 HIRES_ROWS = {
     "same prompt": {},
     "steps of its own": {"hr_second_pass_steps": 5},

@@ -10,12 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from loratorio_ext.record import read_shares, written_shares
 from loratorio_ext.settings import Settings
-from tests.contract.rows import THREE, TWO, largest, mean
+from tests.contract.rows import HIRES, THREE, TWO, largest, mean
 from tests.live.webui import RequestError, encode_image
 
 PLAIN = "a cat on a hill"
 FIVE = ["lora", "locon:0.8", "unet_only:0.9", "rank_1", "down_blocks:0.7"]
-HIRES = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7}
 
 OPTIONS = {
     "beside the prompt's": {"pool": ["unet_only:0.9", "rank_1:0.7"]},

@@ -5,11 +5,10 @@ By single pixels, each by itself: only their divergences, of the tiny models', a
 
 import pytest
 
-from tests.contract.rows import THREE, TOLERANCE, TWO, largest, mean
+from tests.contract.rows import HIRES, THREE, TOLERANCE, TWO, largest, mean
 
 PER_PIXEL = {"patch_size": 1, "patches": "grid", "momentum": 0.0, "regions": False}
 SHARED_OUT = {**PER_PIXEL, "rest": False}
-HIRES = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7}
 
 REQUESTS = {
     "two": {"prompt": TWO},

@@ -11,13 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.contract.rows import TWO, Contract, largest
+from tests.contract.rows import HIRES, TWO, Contract, largest
 from tests.live.conftest import ROOT, installed_host, lay_out_data
 from tests.live.webui import WebUI
 
 pytestmark = pytest.mark.live
-
-HIRES = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7}
 
 
 def write_second_checkpoint(checkpoint: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.contract.rows import TOLERANCE, Contract, largest, mean
+from tests.contract.rows import HIRES, TOLERANCE, Contract, largest, mean
 from tests.live.forge import REFERENCE, ROOT, Forge, Neo, ReForge, lay_out_small_data
 from tests.live.neighbours.control_models import control_lora, controlnet
 from tests.live.webui import RequestError, encode_image
@@ -60,7 +60,6 @@ def couple() -> dict:
 COUPLED = {"prompt": "a cat on a hill {}\na red boat in the rain", "batch_size": 2}
 """A line for each half."""
 LARGE = {"width": 192, "height": 192}
-HIRES = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7}
 GUIDANCE = '"APG\'s now your CFG" and Guidance Limiter for reForge'
 SHOWN = {"show_mahiro": True, "show_rescale_cfg": True}
 """Neo's options without which it has no such scripts."""

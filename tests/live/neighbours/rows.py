@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.contract.rows import HIRES
 from tests.live.webui import encode_image
 
 RIGHT, REFUSES = "right", "refuses"
@@ -18,7 +19,6 @@ EVERYBODY = "everybody"
 
 ONE = "a cat on a hill <lora:lora:0.8>"
 TWO = f"{ONE} <lora:locon:0.8>"
-HIRES = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7}
 LARGE = {"width": 192, "height": 192, "steps": 4}
 LARGER = {"width": 256, "height": 256, "steps": 3}
 
