@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loratorio_ext import core
-from loratorio_ext.core.regions import COHESION, LEAST, at_least_typical, log_neighbourhood
+from loratorio_ext.core.regions import COHESION, LEAST, at_least_typical, log_neighbourhood, typical
 from tests import oracle
 from tests.test_core import assert_close, exact, options, similarities, step
 
@@ -39,12 +39,14 @@ class TestTypical:
     @given(similarities())
     def test_agrees_with_the_oracle(self, similarity):
         relative = core.relative_divergence(1 - similarity, 1.0)
-        assert_close(at_least_typical(relative), oracle.at_least_typical(exact(relative)), relative_to=10.0)
+        assert_close(
+            at_least_typical(relative, typical(relative)), oracle.at_least_typical(exact(relative)), relative_to=10.0
+        )
 
     def test_nobody_is_below_its_own_and_who_is_above_stays(self):
         relative = torch.arange(10.0).view(1, 1, 2, 5).repeat(2, 1, 1, 1)
         relative[1] += 100
-        found = at_least_typical(relative)
+        found = at_least_typical(relative, typical(relative))
         assert found[0].flatten().tolist() == pytest.approx([5.4] * 6 + [6, 7, 8, 9])
         assert found[1].flatten().tolist() == pytest.approx([105.4] * 6 + [106, 107, 108, 109])
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loratorio_ext import core
+from loratorio_ext.core.regions import typical
 from loratorio_ext.core.rest import ALIKE, REST, base_claim, disagreement, of_rest, room
 from tests import oracle
 from tests.test_core import assert_close, exact, generator, method_options, options, similarities, step
@@ -35,6 +36,10 @@ def of(eps, eps_base, **changed):
     return whole(**chosen).weights(eps, eps_base)
 
 
+def room_of(relative, members):
+    return room(relative, typical(relative), members)
+
+
 def members(n, rows=1):
     return torch.ones(n, rows, dtype=torch.bool)
 
@@ -45,7 +50,7 @@ class TestDisagreement:
         predictions = step(n, rows, seed, size=(6, 5))
         relative = torch.rand(n, len(rows), 6, 5, generator=generator(seed)) ** 4
         chosen = torch.rand(relative.shape, generator=generator(seed + 1)) > (0.97 if some else -1)
-        found = base_claim(predictions.eps, predictions.eps_base, relative, chosen if some else None)
+        found = base_claim(predictions.eps, predictions.eps_base, relative, typical(relative), chosen if some else None)
         wanted = oracle.claim_of_base(
             *(exact(each) for each in (predictions.eps, predictions.eps_base, relative)), chosen.numpy()
         )
@@ -96,19 +101,19 @@ class TestHome:
     def test_who_is_everywhere_leaves_no_rest_and_who_has_a_corner_does(self):
         background, thing = scene()
         relative = core.relative_divergence(scene(), 1.0)
-        assert room(relative, members(2)).tolist() == [0]
-        assert room(relative, torch.tensor([[False], [True]])).tolist() == [1]
+        assert room_of(relative, members(2)).tolist() == [0]
+        assert room_of(relative, torch.tensor([[False], [True]])).tolist() == [1]
         even = torch.ones_like(background)
-        assert room(torch.stack([even, thing]), members(2)).item() == pytest.approx(0, abs=1e-6)
+        assert room_of(torch.stack([even, thing]), members(2)).item() == pytest.approx(0, abs=1e-6)
         in_half = torch.linspace(0, 1, SIZE * SIZE).view(1, 1, SIZE, SIZE) ** 3
-        assert 0 < room(in_half, members(1)).item() < 1
+        assert 0 < room_of(in_half, members(1)).item() < 1
 
     def test_it_is_asked_in_units_of_each_ones_mean(self):
         relative = torch.cat([scene()[1:], 100 * scene()[1:]])
-        assert_close(room(relative, members(2)), room(relative[:1], members(1)).numpy())
+        assert_close(room_of(relative, members(2)), room_of(relative[:1], members(1)).numpy())
 
     def test_who_diverges_nowhere_is_at_home_nowhere(self):
-        assert room(torch.zeros(2, 1, SIZE, SIZE), members(2)).tolist() == [1]
+        assert room_of(torch.zeros(2, 1, SIZE, SIZE), members(2)).tolist() == [1]
 
 
 class TestWeights:

@@ -20,7 +20,7 @@ from loratorio_ext.core.composition import (
 )
 from loratorio_ext.core.gates import gates
 from loratorio_ext.core.patches import DIVERGENCE, patch_mean, upsample_weights
-from loratorio_ext.core.regions import at_least_typical, log_neighbourhood
+from loratorio_ext.core.regions import at_least_typical, log_neighbourhood, typical
 from loratorio_ext.core.rest import base_claim, of_rest
 from loratorio_ext.core.selection import top_k_mask
 
@@ -204,13 +204,14 @@ class LoRAtorio:
 
     def leaves_rest(self, n: int) -> bool:
         """Whether the base model competes with ``n`` LoRAs for what none of them is clearly at home in."""
-        return self.rest and n > 1 and self.combination == "shares"
+        return self.rest and n > 1
 
     def claim_of_base(
         self,
         eps: Tensor,
         eps_base: Tensor,
         relative: Tensor,
+        usual: Tensor | None,
         chosen: Tensor | None,
         place: Tensor | None,
         rest: Tensor | None,
@@ -225,12 +226,12 @@ class LoRAtorio:
         """
         if not self.leaves_rest(len(eps)):
             return None if rest is None else rest.float()
-        claim = base_claim(eps, eps_base, relative, chosen)
+        claim = base_claim(eps, eps_base, relative, usual, chosen)
         if place is not None:
             claim = claim * whole(by_row(place))
         if kept is not None:
             claim = claim.masked_fill(kept, 0)
-        return claim if rest is None else torch.where(rest, torch.ones_like(claim), claim)
+        return claim if rest is None else claim.masked_fill(rest, 1)
 
     def weights(
         self,
@@ -270,25 +271,26 @@ class LoRAtorio:
             log_claim = log_claim + share.float().log().view(-1, 1, 1, 1)
         if prior is not None:
             log_claim = log_claim + prior.log()
-        competing = measured = chosen
-        base = self.claim_of_base(eps, eps_base, relative, chosen, place, rest, kept)
+        if chosen is not None:
+            log_claim = log_claim.masked_fill(~chosen, -torch.inf)
+        measured = chosen
+        usual = typical(relative) if self.regions or self.leaves_rest(len(eps)) else None
+        base = self.claim_of_base(eps, eps_base, relative, usual, chosen, place, rest, kept)
         if base is not None:
             everyone = torch.ones_like(relative, dtype=torch.bool) if chosen is None else chosen
             known = torch.zeros_like(base, dtype=torch.bool) if rest is None else rest
             base, known = (each.view(1, -1, 1, 1).expand_as(relative[:1]) for each in (base, known))
-            competing, measured = torch.cat([everyone, base > 0]), torch.cat([everyone, known])
+            measured = torch.cat([everyone, known])
             relative = torch.cat([relative, base * of_rest(relative, chosen)])
             log_claim = torch.cat([log_claim, base.log()])
-        score = -relative
         adaptive = self.temperature_mode == "adaptive"
-        temperature = adaptive_temperature(score, self.temperature, measured) if adaptive else self.temperature
-        if competing is not None:
-            log_claim = log_claim.masked_fill(~competing, -torch.inf)
+        temperature = adaptive_temperature(-relative, self.temperature, measured) if adaptive else self.temperature
         if self.regions:
-            score = -at_least_typical(relative)
-            alone = softmin_weights(score, temperature, log_claim=log_claim)
+            loras, rival = relative.tensor_split([len(eps)])
+            relative = torch.cat([at_least_typical(loras, usual), rival])
+            alone = softmin_weights(-relative, temperature, log_claim=log_claim)
             log_claim = log_claim + log_neighbourhood(alone, self.cells)
-        weights = softmin_weights(score, temperature, log_claim=log_claim)
+        weights = softmin_weights(-relative, temperature, log_claim=log_claim)
         weights = weights if base is None else weights[:-1]
         return weights if prior is None else weights * coverage(prior * chosen)
 

@@ -24,9 +24,9 @@ def typical(relative: Tensor) -> Tensor:
     return torch.quantile(relative.flatten(-2), TYPICAL, dim=-1)
 
 
-def at_least_typical(relative: Tensor) -> Tensor:
-    """Relative divergences ``[N, R, h, w]``, none below what is typical of its LoRA in its image."""
-    return torch.maximum(relative, typical(relative)[..., None, None])
+def at_least_typical(relative: Tensor, usual: Tensor) -> Tensor:
+    """Relative divergences ``[N, R, h, w]``, none below what is typical of its LoRA in its image, ``usual [N, R]``."""
+    return torch.maximum(relative, usual[..., None, None])
 
 
 def log_neighbourhood(weights: Tensor, reach: int) -> Tensor:

@@ -7,7 +7,7 @@ ghosts show there. (Not in the paper, where the LoRAs share out all of the image
 import torch
 from torch import Tensor
 
-from loratorio_ext.core.regions import typical
+from loratorio_ext.core.patches import in_unit_range
 
 REST = 1.5
 """So many times its mean must a LoRA diverge to be at home in a patch that is the base model's otherwise."""
@@ -38,33 +38,31 @@ def disagreement(eps: Tensor, eps_base: Tensor, members: Tensor) -> Tensor:
     for changes that have nothing to do with one another. Of ``eps [N, R, C, H, W]``, ``eps_base [R, C, H, W]`` and the
     ``members [N, R]``.
 
-    The variance of the changes over the members, in that of as many independent ones of the same size. The largest
-    change is divided out first, so that no square overflows or vanishes.
+    The variance of the changes over the members, in that of as many independent ones of the same size.
     """
-    there = members[..., None, None, None]
-    change = (eps.float() - eps_base.float()).masked_fill(~there, 0)
-    largest = change.abs().amax(dim=(0, 2, 3, 4)).view(-1, 1, 1, 1)
-    change = change / torch.where(largest == 0, torch.ones_like(largest), largest)
+    there = members.T[..., None, None, None]
+    change = (eps.float() - eps_base.float()).transpose(0, 1).masked_fill(~there, 0)
+    change = in_unit_range(change.flatten(1, 2)).view_as(change)
     count = members.sum(dim=0).float()
-    mean = change.sum(dim=0) / count.clamp(min=1).view(-1, 1, 1, 1)
-    apart = (change - mean).masked_fill(~there, 0).square().sum(dim=(0, 2, 3, 4))
-    alone = change.square().sum(dim=(0, 2, 3, 4))
-    found = apart / torch.where(alone == 0, torch.ones_like(alone), alone) * count / (count - 1).clamp(min=1)
+    mean = change.sum(dim=1, keepdim=True) / count.clamp(min=1).view(-1, 1, 1, 1, 1)
+    apart = (change - mean).masked_fill(~there, 0).square().sum(dim=(1, 2, 3, 4))
+    alone = change.square().sum(dim=(1, 2, 3, 4)).clamp(min=1)  # less only if nothing is changed: the largest one is 1
+    found = apart / alone * count / (count - 1).clamp(min=1)
     return found.masked_fill(found < ALIKE, 0).clamp(max=1)
 
 
-def room(relative: Tensor, members: Tensor) -> Tensor:
+def room(relative: Tensor, usual: Tensor, members: Tensor) -> Tensor:
     """How far there is a rest at all, ``[R]`` in [0, 1]: none where one of the ``members [N, R]`` is at home in most of
     the image, as a style or a background is, so that its mean is typical of it; all where each has its `CORNER`. Of
-    ``relative [N, R, h, w]``."""
+    ``relative [N, R, h, w]`` and what is typical of each, ``usual [N, R]``."""
     mean = relative.mean(dim=(-2, -1))
-    flat = typical(relative) / torch.where(mean == 0, torch.ones_like(mean), mean) * members
+    flat = usual / torch.where(mean == 0, torch.ones_like(mean), mean) * members
     return ((1 - flat.amax(dim=0)) / (1 - CORNER)).clamp(0, 1)
 
 
-def base_claim(eps: Tensor, eps_base: Tensor, relative: Tensor, chosen: Tensor | None) -> Tensor:
+def base_claim(eps: Tensor, eps_base: Tensor, relative: Tensor, usual: Tensor, chosen: Tensor | None) -> Tensor:
     """The factor on the base model's weight where it competes for the rest, and on what it competes by: ``[R]`` in
-    [0, 1]."""
+    [0, 1]. For ``usual`` see `room`."""
     members = members_of(relative, chosen)
     strange = (disagreement(eps, eps_base, members) / STRANGERS).clamp(max=1)
-    return strange * room(relative, members)
+    return strange * room(relative, usual, members)
