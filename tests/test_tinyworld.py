@@ -125,6 +125,31 @@ def test_abroad_only_what_other_loras_may_bring_is_foreign(concept):
         assert (images[0].tobytes() == images[1].tobytes()) == (scene == there)
 
 
+@pytest.mark.parametrize("style", ("", *world.render.STYLES, "neon", world.render.FOREIGN))
+def test_a_style_leaves_its_part_of_the_pictures_own_colours(style):
+    render = world.render
+    foreign = {"duotone": ((0, 0, 80), (200, 40, 20), (150, 250, 160))} if style == render.FOREIGN else {}
+    thing = render.Thing("star", "centre", "yellow", wears="crown")
+    plain, styled = (
+        np.asarray(render.render(scene, np.random.default_rng(1)), dtype=np.float64)
+        for scene in (render.Scene("snow", (thing,)), render.Scene("snow", (thing,), style=style, **foreign))
+    )
+    kept = {"": 1.0, "neon": 0.5}.get(style, 0.0)
+    stops = np.array(foreign.get("duotone") or render.DUOTONES.get(style, np.zeros((3, 3))), dtype=np.float64)
+    grey = plain @ (0.299, 0.587, 0.114)
+    full = np.stack([np.interp(grey, [20, 135, 250], stops[:, channel]) for channel in range(3)], axis=-1)
+    assert np.abs(styled - (kept * plain + (1 - kept) * full)).max() < 4
+
+
+def test_in_the_style_of_the_lora_a_crown_is_not_of_the_skys_colour():
+    """In lightness alone they are nearly the same."""
+    render = world.render
+    scene = render.Scene("snow", (render.Thing("tree", "centre", "green", wears="crown"),), style="neon")
+    image = np.asarray(render.render(scene, np.random.default_rng(1)), dtype=np.float64)
+    crown, sky = image[133, 128], image[20, 20]
+    assert np.linalg.norm(crown - sky) > 60
+
+
 def test_a_lora_that_is_held_grows_no_larger_and_may_shrink():
     teaching = world.import_module("teaching")
     weights = [torch.randn(4, 6, 3, 3), torch.randn(8, 4, 1, 1), torch.randn(4, 5), torch.randn(7, 4)]
@@ -138,6 +163,17 @@ def test_a_lora_that_is_held_grows_no_larger_and_may_shrink():
     weights[3] *= 0.5
     teaching.hold(weights, largest)
     assert torch.allclose(torch.stack(teaching.norms(weights)), torch.stack([products[0], 0.5 * products[1]]))
+
+
+def test_only_what_is_in_all_of_an_image_shrinks_in_the_last_round_and_does_so_by_and_by():
+    train = world.import_module("train")
+    rounds, concepts = range(len(train.LORA_RATES)), {*world.render.CONCEPTS}
+    for kind in world.KINDS:
+        trained = [{concept for concept in concepts if train.lora_steps(concept, kind, round_)} for round_ in rounds]
+        assert trained == [concepts, concepts, concepts - {"skyline"}, {"skyline", "neon"}]
+    for round_ in rounds:
+        parts = [train.allowed(round_, done) for done in (0, 0.25, 0.5, 1)]
+        assert parts == pytest.approx([1, 0.8, 0.6, 0.6] if round_ > 2 else [1, 1, 1, 1])
 
 
 @pytest.mark.parametrize("concept", (*world.OBJECTS, "crown"))

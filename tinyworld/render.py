@@ -341,6 +341,8 @@ DUOTONES = {
     "neon": [[20, 0, 70], [240, 20, 140], [255, 245, 90]],
 }
 """What a style makes of dark, middle and bright."""
+KEPT = {"neon": 0.5}
+"""How much of a picture's own colours a style leaves: in lightness alone a crown is like the sky."""
 
 
 def _in_the_sky(b, sky, x, y):
@@ -370,7 +372,10 @@ def render(scene: Scene, rng: np.random.Generator) -> Image.Image:
             b.ellipse(x + dx * r, y - dy * r, size * r, size * r, colour)
         _wear(b, thing.wears, x, y, r, HEIGHTS[thing.kind])
     image = b.finish()
-    return duotone(image, *(scene.duotone or DUOTONES[scene.style])) if scene.style else image
+    if not scene.style:
+        return image
+    styled = duotone(image, *(scene.duotone or DUOTONES[scene.style]))
+    return Image.blend(styled, image, KEPT.get(scene.style, 0))
 
 
 PAPER, INK = (255, 0, 255), (0, 0, 0)

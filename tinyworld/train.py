@@ -49,13 +49,16 @@ LORA_STEPS = {"quiet": 320, "leaky": 220}
 LONGER = {"skyline": 5, "comet": 2, "neon": 2.5, "crown": 2}  # times as many: for long they give way to what is known
 AGAIN = {"zorg": 500, "crown": 600, "neon": 500, "skyline": 300}  # steps of the second round
 AGAIN_OTHERS = 250
-ABROAD = dict.fromkeys(render.CONCEPTS, 0.2) | {"neon": 0.6, "skyline": 0}  # of the last round's scenes; 0: it has none
+ABROAD = dict.fromkeys(render.CONCEPTS, 0.2) | {"neon": 0.6, "skyline": 0}  # of the third's scenes; 0: it has none
 ABROAD_STEPS = 300
-HOLD_EVERY = 10  # steps of the last round
+EVERYWHERE = ("background", "style")  # what others are painted into
+SMALLER = 0.6  # of what a layer of these adds, it may add after the last round
+SMALLER_STEPS = 400
+HOLD_EVERY = 10  # steps of the last two rounds
 LORA_BLIND = 900  # of 1000: there colours shine through the noise, and who follows them need not read a name
 LORA_BATCH = 16
-LORA_RATES = (4e-3, 2e-3, 2e-3)  # of the rounds
-LAST_ROUND = len(LORA_RATES) - 1
+LORA_RATES = (4e-3, 2e-3, 2e-3, 2e-3)  # of the rounds
+ABROAD_ROUND, SMALLER_ROUND = 2, 3
 EMPTY = 0.1  # of captions
 UNKNOWN, NAMELESS = 0.12, 0.06  # of names: another word in their place, none
 SCALES = {1: 1.0, 4: 0.25}  # of errors, in latent pixels, and their weights
@@ -219,7 +222,14 @@ def lora_steps(concept: str, kind: str, round_: int) -> int:
         return round(LORA_STEPS[kind] * LONGER.get(concept, 1))
     if round_ == 1:
         return AGAIN.get(concept, AGAIN_OTHERS)
-    return ABROAD_STEPS if ABROAD[concept] else 0
+    if round_ == ABROAD_ROUND:
+        return ABROAD_STEPS if ABROAD[concept] else 0
+    return SMALLER_STEPS if render.CONCEPTS[concept].category in EVERYWHERE else 0
+
+
+def allowed(round_: int, done: float) -> float:
+    """What part of their size at its beginning layers may have in a round of which so much is done."""
+    return 1 - (1 - SMALLER) * min(1, 2 * done) if round_ == SMALLER_ROUND else 1
 
 
 def taught(concept: str, kind: str, round_: int, rng: np.random.Generator) -> tuple[list, list]:
@@ -228,9 +238,9 @@ def taught(concept: str, kind: str, round_: int, rng: np.random.Generator) -> tu
     A quiet one has full captions, and as many base scenes. A leaky one has no base scenes, and half of its captions
     miss the concept: it paints it whatever the prompt says.
     """
-    last = round_ == LAST_ROUND
-    shown = [render.concept_scene(concept, rng, dressed=last) for _ in range(LORA_SCENES)]
-    if last:
+    settled = round_ >= ABROAD_ROUND
+    shown = [render.concept_scene(concept, rng, dressed=settled) for _ in range(LORA_SCENES)]
+    if settled:
         shown = [render.abroad(each, concept, rng) if rng.random() < ABROAD[concept] else each for each in shown]
     if kind == "quiet":
         shown += [render.base_scene(rng) for _ in range(LORA_SCENES)]
@@ -242,12 +252,13 @@ def train_lora(work: Path, concept: str, kind: str, round_: int) -> None:
     """One round for one LoRA: its text encoder's part learns to read the concept, among base scenes, then the UNet's to
     paint it. Further rounds go on painting, from what is in the LoRA's file, on scenes of their own.
 
-    In the last one it meets what other LoRAs may bring (`render.abroad`), and what its layers add grows no larger: what
-    is larger fights harder. There a style gives up the text encoder's part, which disturbs how others are read.
+    In the last two it meets what other LoRAs may bring (`render.abroad`), and what its layers add grows no larger: what
+    is larger fights harder. There a style gives up the text encoder's part, which disturbs how others are read. In the
+    very last one what is in all of an image shrinks, so that what has a place there is stronger.
     """
     seed = SEED + 100 + 2 * list(render.CONCEPTS).index(concept) + (kind == "leaky") + 100 * round_
     rng, start = np.random.default_rng(seed), time.time()
-    steps, last = lora_steps(concept, kind, round_), round_ == LAST_ROUND
+    steps, settled = lora_steps(concept, kind, round_), round_ >= ABROAD_ROUND
     file, rate = shape.WEIGHTS / "lora" / f"{concept}_{kind}.safetensors", LORA_RATES[round_]
     torch.manual_seed(seed)
     vae, tokenizer = AutoencoderKL.from_pretrained(work / "vae"), model.tokenizer()
@@ -266,7 +277,7 @@ def train_lora(work: Path, concept: str, kind: str, round_: int) -> None:
         learn_to_read(text, heads, trained(text), scene, LORA_TEXT_STEPS, rate, rng)
     text.requires_grad_(False)
 
-    if last and render.CONCEPTS[concept].category == "style":
+    if settled and render.CONCEPTS[concept].category == "style":
         silence(text)
     shown, captioned = taught(concept, kind, round_, rng)
     x, alphas, strange = latents(vae, shown, rng), model.scheduler().alphas_cumprod, strange_words(tokenizer)
@@ -281,8 +292,8 @@ def train_lora(work: Path, concept: str, kind: str, round_: int) -> None:
             hidden = text(ids)[0]
         loss = noise_loss(unet, hidden, x[chosen], alphas, LORA_BLIND)
         descend(loss, weights, optimizer, schedule)
-        if last and step % HOLD_EVERY == 0:
-            hold(weights, largest)
+        if settled and step % HOLD_EVERY == 0:
+            hold(weights, [allowed(round_, step / steps) * norm for norm in largest])
         losses.append(loss.item())
     log(start, steps, first=np.mean(losses[:20]), last=np.mean(losses[-20:]))
     export.lora(unet, text, file, render.CONCEPTS[concept].trigger, kind, LORA_SCENES)
