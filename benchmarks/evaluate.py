@@ -6,7 +6,7 @@
     ./dev evaluate --suite ceiling              # what perfect information reaches, beside Merge and the defaults
     ./dev evaluate --suite sweep                # the defaults with one option otherwise, on the same half
     ./dev evaluate --suite sweep --variants "p 2"   # some of these
-    ./dev evaluate --suite confirm              # what did best, the defaults and the ceiling, on the other half
+    ./dev evaluate --suite confirm              # the defaults, between Merge and the ceiling, on the other half
     ./dev evaluate --suite others               # other methods, baselines and turbo modes, likewise
     ./dev evaluate --suite soup                 # a baseline that learns for each of them
     ./dev evaluate --suite pool                 # all LoRAs loaded, one to three of them named
@@ -73,9 +73,9 @@ class Suite:
 
 SUITES = {
     "quick": Suite("confirm", METHODS, images=2, combinations=10),
-    "ceiling": Suite("choose", BOUNDS, images=4, wanted=96),
+    "ceiling": Suite("choose", BOUNDS, images=4, groups=("2", "3", "4", "5"), wanted=96),
     "sweep": Suite("choose", SWEEP, images=2, groups=("2", "3", "4", "5")),
-    "confirm": Suite("confirm", CONFIRM, images=2, wanted=96),
+    "confirm": Suite("confirm", CONFIRM, images=2, groups=("2", "3", "4", "5"), wanted=200),
     "others": Suite("confirm", (*METHODS, *OTHERS, *TURBO), images=2),
     "soup": Suite("confirm", SOUP, images=2),
     "pool": Suite("confirm", POOL, images=2, groups=("1", "1+6", "2", "2+5", "3", "3+4")),

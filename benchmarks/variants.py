@@ -17,11 +17,9 @@ COMPETING = {"styles": "compete"}
 """A style competes like any other LoRA."""
 SHARED_OUT = {"rest": False}
 """The LoRAs share out the whole image, wherever nobody's surroundings are in every pass."""
-STYLES_ONLY = {"styles": "everywhere", **SHARED_OUT}
-"""A style is in every pass, a background competes, and all of the image is shared out: the defaults before."""
-EVERY_PATCH = {"regions": False, **SHARED_OUT}
-"""What is told of a patch decides there, and nothing else: the defaults without whole regions."""
-PATCH_BY_PATCH = {"patches": "grid", "momentum": 0.0, **EVERY_PATCH, **COMPETING}
+STYLES_ONLY = {"styles": "everywhere"}
+"""A style is in every pass, a background competes."""
+PATCH_BY_PATCH = {"patches": "grid", "momentum": 0.0, "regions": False, **SHARED_OUT, **COMPETING}
 """Every patch and every step for itself, as in the paper."""
 TURBO = ({"preset": "balanced"}, {"preset": "fast"}, {"base_share": 1.0})
 METHODS = (MERGE, SWITCH, COMPOSITE, PAPER, {})
@@ -56,16 +54,10 @@ CEILINGS = (
     {**CEILING_OF_SHARES, "base_share": 0.25},
 )
 """The ceiling is the best of them: what perfect information reaches also depends on how it is used."""
-FORMER_DEFAULTS = ({**EVERY_PATCH, **COMPETING}, {**EVERY_PATCH, **STYLES_ONLY}, STYLES_ONLY, SHARED_OUT)
-"""The defaults before styles were in every pass, before whole regions, before surroundings were, and before the rest
-was the bare model's."""
-BOUNDS = (TRUTH, *CEILINGS, MERGE, *FORMER_DEFAULTS, {})
-FORMER = {**PATCH_BY_PATCH, "base_share": 0.5}
-"""The first defaults on this world."""
-PLACED = {**COMPETING, "combination": "gates", "patch_size": 2, "momentum": 0.0}
-"""Gates as they did best then."""
-CONFIRM = (TRUTH, REACHED, MERGE, PAPER, FORMER, *FORMER_DEFAULTS, {}, PLACED)
-"""What is confirmed: the defaults, what they were before, and gates."""
+BOUNDS = (TRUTH, *CEILINGS, MERGE, {})
+CONFIRM = (TRUTH, REACHED, MERGE, PAPER, {})
+"""What is confirmed, in as many images as can be: the defaults, between what a host does and what perfect information
+reaches."""
 SWEEP = (
     REACHED,
     {},
@@ -78,6 +70,8 @@ SWEEP = (
     *({"momentum": momentum} for momentum in (0.0, 0.9)),
     {"regions": False},
     SHARED_OUT,
+    STYLES_ONLY,
+    COMPETING,
     *({"combination": "gates", "sharpness": q} for q in (4.0, 2.0)),
 )
 """The defaults with one option otherwise, beside the best use of perfect information."""
