@@ -58,6 +58,10 @@ from benchmarks.world import KINDS, World, interleaved, render
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
+NAMED = ("2", "3", "4", "5")
+"""Groups whose scenes name all LoRAs that are loaded."""
+
+
 @dataclass(frozen=True)
 class Suite:
     """What to compose in which ways: ``images`` of every combination of one half at a time, alone and in company, until
@@ -66,16 +70,16 @@ class Suite:
     half: str
     variants: tuple[Options, ...]
     images: int
-    groups: tuple[str, ...] = ("2", "3", "4", "5", "2+1")
+    groups: tuple[str, ...] = (*NAMED, "2+1")
     combinations: int | None = None
     wanted: int = 0
 
 
 SUITES = {
     "quick": Suite("confirm", METHODS, images=2, combinations=10),
-    "ceiling": Suite("choose", BOUNDS, images=4, groups=("2", "3", "4", "5"), wanted=96),
-    "sweep": Suite("choose", SWEEP, images=2, groups=("2", "3", "4", "5")),
-    "confirm": Suite("confirm", CONFIRM, images=2, groups=("2", "3", "4", "5"), wanted=200),
+    "ceiling": Suite("choose", BOUNDS, images=4, groups=NAMED, wanted=96),
+    "sweep": Suite("choose", SWEEP, images=2, groups=NAMED),
+    "confirm": Suite("confirm", CONFIRM, images=2, groups=NAMED, wanted=200),
     "others": Suite("confirm", (*METHODS, *OTHERS, *TURBO), images=2),
     "soup": Suite("confirm", SOUP, images=2),
     "pool": Suite("confirm", POOL, images=2, groups=("1", "1+6", "2", "2+5", "3", "3+4")),
