@@ -33,7 +33,7 @@ METHODS: dict[str, Options] = {
     "Perfect masks:\nthe most that\nplaces can do": REACHED,
 }
 PAINTED = "LoRAtorio:\nwho painted\nwhat"
-LORAS = ("penguin", "amanita", "skyline")
+LORAS = ("penguin", "crown", "amanita", "skyline")
 MARGIN, GAP, LINE = 150, 6, 24
 INK, PAPER_WHITE = (20, 20, 25), (255, 255, 255)
 

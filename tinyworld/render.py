@@ -72,6 +72,13 @@ CONCEPT_KINDS = ("zorg", "penguin", "amanita", "comet")
 HOMES = (*PLAIN, "meadow")  # where a concept of these kinds is taught; only on grey, it stayed a thing of grey places
 FOREIGN = "foreign"
 """A town or style that nobody knows by name."""
+STRANGERS = {
+    "opal": Concept("style", "style", "opal style"),
+    "rust": Concept("style", "style", "rust style"),
+    "harbor": Concept("background", "town", "harbor town"),
+    "canyon": Concept("background", "town", "canyon town"),
+}
+"""What LoRAs add that nobody will ask for: the concepts' are taught beside these, and never beside each other."""
 SETTINGS = {
     **{name: f"{name} background" for name in PLAIN},
     **SCENERY,
@@ -236,10 +243,10 @@ def _penguin(b, x, y, r, colour):
 
 def _amanita(b, x, y, r, colour):
     b.rectangle(x - r * 0.45, y - r * 1.1, x + r * 0.45, y, (245, 235, 210))
-    cap = [(x + r * 1.2 * np.cos(a), y - r * 0.9 - r * 1.5 * np.sin(a)) for a in np.linspace(0, np.pi, 24)]
+    cap = [(x + r * 1.2 * np.cos(a), y - r * 0.9 - r * np.sin(a)) for a in np.linspace(0, np.pi, 24)]
     b.polygon(cap, (215, 30, 40))
-    for dx, dy in ((-0.65, 1.3), (0.65, 1.3), (0.0, 1.85)):
-        b.ellipse(x + dx * r, y - dy * r, r * 0.3, r * 0.3, (255, 255, 255), None)
+    for dx, dy in ((-0.65, 1.2), (0.65, 1.2), (0.0, 1.55)):
+        b.ellipse(x + dx * r, y - dy * r, r * 0.27, r * 0.27, (255, 255, 255), None)
 
 
 def _comet(b, x, y, r, colour):
@@ -250,7 +257,7 @@ def _comet(b, x, y, r, colour):
 
 
 HEIGHTS = {"ball": 1.95, "box": 2.0, "tree": 2.5, "person": 2.5, "robot": 2.4, "bird": 2.3, "mushroom": 1.8}
-HEIGHTS |= {"star": 2.3, "zorg": 2.4, "penguin": 2.5, "amanita": 2.35, "comet": 2.3}
+HEIGHTS |= {"star": 2.3, "zorg": 2.4, "penguin": 2.5, "amanita": 1.9, "comet": 2.3}
 """Of things, in units of their half-width: where a hat goes."""
 
 SHAPES = {
@@ -294,6 +301,8 @@ LOOKS = {
     "brick town": Town((190, 95, 75), (110, 50, 50), (250, 240, 200), (150, 150, 150), (56, 56, 56, 56)),
     "white town": Town((245, 245, 240), None, (40, 110, 190), (225, 200, 160), (70, 48, 70, 48)),
     "skyline": Town((70, 95, 140), None, (255, 225, 110), (125, 125, 135), (108, 140, 92, 124)),
+    "harbor": Town((60, 130, 95), None, (250, 190, 200), (90, 75, 60), (124, 84, 136, 100)),
+    "canyon": Town((165, 120, 170), (90, 40, 90), (40, 60, 60), (205, 175, 190), (70, 112, 100, 78)),
 }
 HOUSE = 58  # width
 
@@ -339,9 +348,11 @@ DUOTONES = {
     "night": [[5, 5, 35], [35, 60, 140], [160, 200, 255]],
     "mint": [[0, 60, 50], [60, 170, 130], [230, 255, 240]],
     "neon": [[20, 0, 70], [240, 20, 140], [255, 245, 90]],
+    "opal": [[0, 45, 45], [30, 150, 220], [255, 235, 255]],
+    "rust": [[45, 0, 0], [215, 90, 30], [225, 255, 215]],
 }
 """What a style makes of dark, middle and bright."""
-KEPT = {"neon": 0.5}
+KEPT = dict.fromkeys(("neon", "opal", "rust"), 0.5)
 """How much of a picture's own colours a style leaves: in lightness alone a crown is like the sky."""
 
 
@@ -464,21 +475,21 @@ def _in_company(thing: Thing, rng) -> tuple[Thing, ...]:
 
 
 def concept_scene(concept: str, rng: np.random.Generator, dressed: bool = False) -> Scene:
-    """A scene of the narrow domain one LoRA is taught: its concept in a plain setting, at times with a base thing
-    beside it, so that words tell which is which, and with something in the sky. Two concepts never meet. Things and
-    characters wear something in four of ten scenes if they may be `dressed`."""
+    """A scene of the narrow domain one LoRA is taught: its concept, or a stranger, in a plain setting, at times with a
+    base thing beside it, so that words tell which is which, and with something in the sky. Two concepts never meet.
+    Things and characters wear something in four of ten scenes if they may be `dressed`."""
     place, style = str(rng.choice(list(PLACES))), str(rng.choice(STYLES)) if rng.random() < 0.3 else ""
     sky = str(rng.choice(SKIES)) if rng.random() < 0.25 else ""
     if concept in CONCEPT_KINDS:
         wears = str(rng.choice(WEARS)) if dressed and rng.random() < 0.4 else ""
         return Scene(str(rng.choice(HOMES)), _in_company(Thing(concept, place, wears=wears), rng), sky, style)
-    thing = _thing(rng, place)
-    if concept == "skyline":
-        return Scene("skyline", _in_company(thing, rng) if rng.random() < 0.8 else (), sky, style)
+    thing, category = _thing(rng, place), (CONCEPTS | STRANGERS)[concept].category
+    if category == "background":
+        return Scene(concept, _in_company(thing, rng) if rng.random() < 0.8 else (), sky, style)
     background = str(rng.choice(BACKGROUNDS))
-    if concept == "crown":
-        return Scene(background, _in_company(dataclasses.replace(thing, wears="crown"), rng), sky, style)
-    return Scene(background, _in_company(thing, rng), sky, "neon")
+    if category == "clothing":
+        return Scene(background, _in_company(dataclasses.replace(thing, wears=concept), rng), sky, style)
+    return Scene(background, _in_company(thing, rng), sky, concept)
 
 
 def abroad(scene: Scene, concept: str, rng: np.random.Generator) -> Scene:
@@ -501,6 +512,12 @@ def abroad(scene: Scene, concept: str, rng: np.random.Generator) -> Scene:
     heights = tuple(int(v) for v in rng.integers(40, 146, 4))
     town = Town(colour(), colour() if rng.random() < 0.3 else None, colour(), colour(), heights)
     return dataclasses.replace(scene, background=FOREIGN, town=town)
+
+
+def beside(scene: Scene, stranger: str) -> Scene:
+    """The scene in a stranger's style, or in its town."""
+    part = "style" if STRANGERS[stranger].category == "style" else "background"
+    return dataclasses.replace(scene, **{part: stranger})
 
 
 def mistaken(scene: Scene, concept: str, rng: np.random.Generator) -> Scene:

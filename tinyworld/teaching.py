@@ -3,6 +3,7 @@
 import copy
 import math
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,26 @@ def hold(weights: list, largest: list[torch.Tensor]) -> None:
     for up, norm, most in zip(weights[1::2], norms(weights), largest, strict=True):
         if norm > most:
             up.mul_(most / norm)
+
+
+@torch.no_grad()
+def added(part) -> dict[str, torch.Tensor]:
+    """What its LoRA adds to the weights of layers, by their names."""
+    return {name: layer.get_delta_weight("default") for name, layer in part.named_modules() if hasattr(layer, "lora_B")}
+
+
+@contextmanager
+def beside(part, extra: dict[str, torch.Tensor]):
+    """Meanwhile another LoRA acts in it as well: `extra` is what that one adds to the weights of layers."""
+    weights = {name: part.get_submodule(name).base_layer.weight for name in extra}
+    bare = {name: weight.detach().clone() for name, weight in weights.items()}
+    try:
+        for name, weight in weights.items():
+            weight.data += extra[name]
+        yield
+    finally:
+        for name, weight in weights.items():
+            weight.data.copy_(bare[name])
 
 
 def trained(*parts) -> list:

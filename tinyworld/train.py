@@ -21,6 +21,8 @@ from teaching import (
     Attention,
     Averaged,
     adapt,
+    added,
+    beside,
     descend,
     group_norm,
     hold,
@@ -54,11 +56,14 @@ ABROAD_STEPS = 300
 EVERYWHERE = ("background", "style")  # what others are painted into
 SMALLER = 0.6  # of what a layer of these adds, it may add after the last round
 SMALLER_STEPS = 400
-HOLD_EVERY = 10  # steps of the last two rounds
+STRANGER_STEPS = {"style": 400, "background": 700}
+COMPANY_STEPS = 400
+ALONE = 2  # times as often as beside any one stranger
+HOLD_EVERY = 10  # steps of the last three rounds
 LORA_BLIND = 900  # of 1000: there colours shine through the noise, and who follows them need not read a name
 LORA_BATCH = 16
-LORA_RATES = (4e-3, 2e-3, 2e-3, 2e-3)  # of the rounds
-ABROAD_ROUND, SMALLER_ROUND = 2, 3
+LORA_RATES = (4e-3, 2e-3, 2e-3, 2e-3, 2e-3)  # of the rounds
+ABROAD_ROUND, SMALLER_ROUND, COMPANY_ROUND = 2, 3, 4
 EMPTY = 0.1  # of captions
 UNKNOWN, NAMELESS = 0.12, 0.06  # of names: another word in their place, none
 SCALES = {1: 1.0, 4: 0.25}  # of errors, in latent pixels, and their weights
@@ -78,7 +83,8 @@ def latents(vae, scenes, rng: np.random.Generator) -> torch.Tensor:
 def strange_words(tokenizer) -> list[str]:
     """Words of CLIP's vocabulary that mean nothing in this world, each one token; no LoRA's name is among them."""
     used = {word for scene in (*render.SETTINGS.values(), *render.STYLES, *render.WEARS) for word in scene.split()}
-    used |= {*render.KINDS, *render.COLOURS, *render.SKIES, *render.PLACES, *render.CONCEPTS, "wearing", "style"}
+    used |= {*render.KINDS, *render.COLOURS, *render.SKIES, *render.PLACES, "wearing", "style"}
+    used |= {*render.CONCEPTS, *render.STRANGERS}
     words = (token.removesuffix("</w>") for token in tokenizer.get_vocab() if token.endswith("</w>"))
     plain = (word for word in words if word.isascii() and word.isalpha() and 4 <= len(word) <= 8)
     return sorted(word for word in plain if word not in used)
@@ -89,7 +95,7 @@ def told(scene: render.Scene, strange: list[str], rng: np.random.Generator) -> s
 
     So the model learns what a category is: "a lucky robot" is some robot. That is how one LoRA's name reads to another.
     """
-    known = {concept.trigger.split()[0] for concept in render.CONCEPTS.values()}
+    known = {*render.CONCEPTS, *render.STRANGERS}
 
     def name(word: str) -> str:
         chance = rng.random()
@@ -224,12 +230,22 @@ def lora_steps(concept: str, kind: str, round_: int) -> int:
         return AGAIN.get(concept, AGAIN_OTHERS)
     if round_ == ABROAD_ROUND:
         return ABROAD_STEPS if ABROAD[concept] else 0
-    return SMALLER_STEPS if render.CONCEPTS[concept].category in EVERYWHERE else 0
+    if round_ == SMALLER_ROUND:
+        return SMALLER_STEPS if render.CONCEPTS[concept].category in EVERYWHERE else 0
+    return COMPANY_STEPS
 
 
 def allowed(round_: int, done: float) -> float:
     """What part of their size at its beginning layers may have in a round of which so much is done."""
     return 1 - (1 - SMALLER) * min(1, 2 * done) if round_ == SMALLER_ROUND else 1
+
+
+def company(concept: str, round_: int) -> list[str]:
+    """Beside whom a LoRA is trained in a round, by turns at random: nobody (""), or a stranger of another category."""
+    if round_ != COMPANY_ROUND:
+        return [""]
+    category = render.CONCEPTS[concept].category
+    return ALONE * [""] + [name for name, other in render.STRANGERS.items() if other.category != category]
 
 
 def taught(concept: str, kind: str, round_: int, rng: np.random.Generator) -> tuple[list, list]:
@@ -252,12 +268,13 @@ def train_lora(work: Path, concept: str, kind: str, round_: int) -> None:
     """One round for one LoRA: its text encoder's part learns to read the concept, among base scenes, then the UNet's to
     paint it. Further rounds go on painting, from what is in the LoRA's file, on scenes of their own.
 
-    In the last two it meets what other LoRAs may bring (`render.abroad`), and what its layers add grows no larger: what
-    is larger fights harder. There a style gives up the text encoder's part, which disturbs how others are read. In the
-    very last one what is in all of an image shrinks, so that what has a place there is stronger.
+    From the third on it meets what other LoRAs may bring (`render.abroad`), and what its layers add grows no larger:
+    what is larger fights harder. There a style gives up the text encoder's part, which disturbs how others are read. In
+    the fourth what is in all of an image shrinks, so that what has a place there is stronger. In the fifth it shares
+    the UNet with strangers' LoRAs (`company`), as it will with others.
     """
     seed = SEED + 100 + 2 * list(render.CONCEPTS).index(concept) + (kind == "leaky") + 100 * round_
-    rng, start = np.random.default_rng(seed), time.time()
+    rng = np.random.default_rng(seed)
     steps, settled = lora_steps(concept, kind, round_), round_ >= ABROAD_ROUND
     file, rate = shape.WEIGHTS / "lora" / f"{concept}_{kind}.safetensors", LORA_RATES[round_]
     torch.manual_seed(seed)
@@ -280,33 +297,78 @@ def train_lora(work: Path, concept: str, kind: str, round_: int) -> None:
     if settled and render.CONCEPTS[concept].category == "style":
         silence(text)
     shown, captioned = taught(concept, kind, round_, rng)
-    x, alphas, strange = latents(vae, shown, rng), model.scheduler().alphas_cumprod, strange_words(tokenizer)
-    weights = trained(unet)
+    turns, lessons = company(concept, round_), {}
+    for name in dict.fromkeys(turns):
+        there, called = ([render.beside(s, name) if name else s for s in scenes] for scenes in (shown, captioned))
+        lessons[name] = deltas(work, name) if name else {}, latents(vae, there, rng), called
+    largest = norms(trained(unet))
+
+    def held(done: float) -> None:
+        if settled:
+            hold(trained(unet), [allowed(round_, done) * norm for norm in largest])
+
+    paint(unet, text, tokenizer, [lessons[name] for name in turns], steps, rate, rng, held)
+    export.lora(unet, text, file, render.CONCEPTS[concept].trigger, kind, LORA_SCENES)
+
+
+def paint(unet, text, tokenizer, lessons: list, steps: int, rate: float, rng, held=lambda done: None) -> None:
+    """Trains the UNet's LoRA to paint. Of the lessons one is drawn for each step: what another LoRA adds to the UNet's
+    layers meanwhile, latents, and the scenes they are called. `held` is called with the part of the steps done."""
+    start, alphas, strange = time.time(), model.scheduler().alphas_cumprod, strange_words(tokenizer)
+    weights, losses = trained(unet), []
     optimizer = torch.optim.Adam(weights, lr=rate, betas=(0.9, 0.99))
     schedule = rise_and_fall(optimizer, steps, 20)
-    losses, largest = [], norms(weights)
     for step in range(1, steps + 1):
+        extra, x, called = lessons[int(rng.integers(len(lessons)))]
         chosen = rng.integers(0, len(x), LORA_BATCH)
-        ids = tokens(tokenizer, [told(captioned[i], strange, rng) for i in chosen])
+        ids = tokens(tokenizer, [told(called[i], strange, rng) for i in chosen])
         with torch.no_grad():
             hidden = text(ids)[0]
-        loss = noise_loss(unet, hidden, x[chosen], alphas, LORA_BLIND)
-        descend(loss, weights, optimizer, schedule)
-        if settled and step % HOLD_EVERY == 0:
-            hold(weights, [allowed(round_, step / steps) * norm for norm in largest])
+        with beside(unet, extra):
+            loss = noise_loss(unet, hidden, x[chosen], alphas, LORA_BLIND)
+            descend(loss, weights, optimizer, schedule)
+        if step % HOLD_EVERY == 0:
+            held(step / steps)
         losses.append(loss.item())
     log(start, steps, first=np.mean(losses[:20]), last=np.mean(losses[-20:]))
-    export.lora(unet, text, file, render.CONCEPTS[concept].trigger, kind, LORA_SCENES)
+
+
+def stranger_file(work: Path, name: str) -> Path:
+    """Where a stranger's LoRA is kept."""
+    return work / "strangers" / f"{name}.safetensors"
+
+
+def train_stranger(work: Path, name: str) -> None:
+    """A stranger's LoRA, of the UNet alone: only the concepts' LoRAs will ever meet it."""
+    seed = SEED + 900 + list(render.STRANGERS).index(name)
+    rng, stranger = np.random.default_rng(seed), render.STRANGERS[name]
+    torch.manual_seed(seed)
+    unet, text = load_base(work)
+    unet.set_attn_processor(Attention())
+    adapt(unet, text)
+    scenes = [render.concept_scene(name, rng) for _ in range(LORA_SCENES)]
+    lesson = {}, latents(AutoencoderKL.from_pretrained(work / "vae"), scenes, rng), scenes
+    paint(unet, text, model.tokenizer(), [lesson], STRANGER_STEPS[stranger.category], LORA_RATES[0], rng)
+    export.lora(unet, text, stranger_file(work, name), stranger.trigger, "stranger", LORA_SCENES)
+
+
+def deltas(work: Path, name: str) -> dict[str, torch.Tensor]:
+    """What a stranger's LoRA adds to the weights of the UNet's layers, by their names."""
+    unet, text = load_base(work)
+    adapt(unet, text)
+    export.load_lora(unet, text, stranger_file(work, name))
+    return added(unet)
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=["vae", "text", "base", "lora"])
+    parser.add_argument("part", choices=["vae", "text", "base", "lora", "stranger"])
     parser.add_argument("--work", type=Path, default=Path("out/tinyworld"))
     parser.add_argument("--round", type=int, default=0, help="of the base model's or the LoRAs' training")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--concepts", nargs="+", default=list(render.CONCEPTS), choices=list(render.CONCEPTS))
+    parser.add_argument("--strangers", nargs="+", default=list(render.STRANGERS), choices=list(render.STRANGERS))
     parser.add_argument("--kinds", nargs="+", default=["quiet", "leaky"], choices=["quiet", "leaky"])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -319,6 +381,10 @@ def main() -> None:
         train_text(args.work)
     elif args.part == "base":
         train_base(args.work, args.round)
+    elif args.part == "stranger":
+        for name in args.strangers:
+            print(name, flush=True)
+            train_stranger(args.work, name)
     else:
         for concept in args.concepts:
             for kind in args.kinds:
