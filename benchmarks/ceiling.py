@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from benchmarks.variants import EVERYWHERE, Options
 from benchmarks.world import render
 
 
@@ -24,6 +25,15 @@ def written(mask: Image.Image) -> str:
 def informed(combination: Any, loras: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """A mask for each concept of the scene, as the option ``loras`` takes it; ``loras`` by concept."""
     return {lora.name: {"mask": written(render.region(combination.scene, c))} for c, lora in loras.items()}
+
+
+def in_every_pass(combination: Any, options: Options) -> str:
+    """Which of the scene's concepts is in every pass, by the option `EVERYWHERE`; "": none is."""
+    if EVERYWHERE not in options:
+        return ""
+    style, background = combination.scene.style, combination.scene.background
+    found = {"everywhere": (style,), "surroundings": (style, background)}[options[EVERYWHERE]]
+    return next((concept for concept in found if concept in render.CONCEPTS), "")
 
 
 def true_renders(combination: Any, seeds: Any) -> list[Image.Image]:

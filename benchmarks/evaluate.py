@@ -36,6 +36,7 @@ import torch
 from accelerate import PartialState
 
 from benchmarks import composlora
+from benchmarks.ceiling import in_every_pass
 from benchmarks.painting import Painting, paint, psnr, step_statistics
 from benchmarks.report import write_report
 from benchmarks.variants import (
@@ -100,6 +101,13 @@ class Unit:
         identity += ["half"] if world.half else []
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
+    def effective(self, options: Options) -> dict[str, Any]:
+        """The options as they act here: those that act alike are painted once."""
+        others = {name: value for name, value in options.items() if name != EVERYWHERE}
+        if not (concept := in_every_pass(self.combination, options)):
+            return others
+        return {**others, EVERYWHERE: "everywhere" if concept == self.combination.scene.style else "surroundings"}
+
     def rows(self, world: Any, variants: Iterable[Options]) -> Iterator[dict[str, Any]]:
         """A row for each way; what comes fast is compared with what is exact."""
 
@@ -108,8 +116,7 @@ class Unit:
             return paint(world, self.combination, self.kind, json.loads(options), self.seeds)
 
         for options in map(resolved, variants):
-            idle = (EVERYWHERE,) if options.get(EVERYWHERE) and not self.combination.scene.style else ()
-            made = painting(json.dumps({name: value for name, value in options.items() if name not in idle}))
+            made = painting(json.dumps(self.effective(options)))
             exact = exact_of(options)
             yield {
                 "key": self.key(world, options),

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.baselines import BASELINES
-from benchmarks.ceiling import informed, true_renders
+from benchmarks.ceiling import in_every_pass, informed, true_renders
 from benchmarks.statistics import figures
-from benchmarks.variants import BASELINE, EVERYWHERE, PERFECT, TRUTH, Options, of_product
+from benchmarks.variants import BASELINE, PERFECT, TRUTH, Options, of_product
 from loratorio_ext.hosts.diffusers import composed, generators
 
 LARGEST = 99.0  # decibels, in place of infinity
@@ -47,8 +47,8 @@ def paint(world: Any, combination: Any, kind: str, options: Options, seeds: Sequ
     perfect = options.get(PERFECT)
     loras = {c: world.lora(c, kind) for c in (combination.named if perfect else combination.loras)}
     claims = informed(combination, loras) if perfect else {}
-    if options.get(EVERYWHERE) and (style := combination.scene.style) in loras:
-        claims[loras[style].name] = {"base": True}
+    if (concept := in_every_pass(combination, options)) in loras:
+        claims[loras[concept].name] = {"base": True}
     options = {**of_product(options), **({"loras": claims} if claims else {})}
     with composing(world, combination, list(loras.values()), options) as composition:
         images = world.pipe(

@@ -44,13 +44,15 @@ CEILING = {**PATCH_BY_PATCH, PERFECT: True, "combination": "gates", "sharpness":
 """Perfect information (see `benchmarks.ceiling`): each LoRA's difference in full where the scene has its concept."""
 CEILING_OF_SHARES = {**CEILING, "combination": "shares"}
 """The same where weights must add up to 1: a style and a thing share a patch."""
-EVERYWHERE = "style_in_every_pass"
-"""The option that a style's LoRA is in every pass, the base model's included, as a user says with ``base=1``."""
-REACHED = {**CEILING_OF_SHARES, "base_share": 0.25, EVERYWHERE: True}
+EVERYWHERE = "in_every_pass"
+"""The option that a LoRA is in every pass, the base model's included, as a user says with ``base=1``; in the words of
+the option ``styles`` a style's ("everywhere"), or else a background's ("surroundings")."""
+REACHED = {**CEILING_OF_SHARES, "base_share": 0.25, EVERYWHERE: "surroundings"}
 """The best use of perfect information so far."""
 CEILINGS = (
     *({**REACHED, "base_share": share} for share in (0.0, 0.25, 0.5)),
     {**REACHED, "combination": "gates"},
+    {**REACHED, EVERYWHERE: "everywhere"},
     {**CEILING_OF_SHARES, "base_share": 0.25},
 )
 """The ceiling is the best of them: what perfect information reaches also depends on how it is used."""
@@ -122,7 +124,7 @@ def variant_name(options: Options) -> str:
         says = {"cmlora": "CMLoRA", "concatenated": "concatenated at 1/N^{power:g}", "soup": "soup of {steps} steps"}
         return says[options[BASELINE]].format(**options)
     settings = Settings.from_mapping(of_product(options))
-    styles = "everywhere" if EVERYWHERE in options else settings.effect(OPTION["styles"])
+    styles = options.get(EVERYWHERE) or settings.effect(OPTION["styles"])
     everywhere = IN_EVERY_PASS.get(styles, "")
     if PERFECT in options:
         return f"perfect masks, {settings.combination}, λ {settings.base_share:g}{everywhere}"

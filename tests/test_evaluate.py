@@ -398,14 +398,26 @@ def test_a_run_is_taken_up_where_it_was_cut_short(tiny, tmp_path):
     assert set(paper["intruders"]) == set(unit.combination.loras) - set(unit.combination.named)
 
 
-@pytest.mark.parametrize("style, paintings", [(True, 2), (False, 1)])
-def test_where_no_style_is_named_both_ways_are_one_painting(tiny, monkeypatch, style, paintings):
-    combination = next(each for each in world.combinations("2") if bool(each.scene.style) == style)
-    made = []
-    monkeypatch.setattr(evaluate, "paint", lambda *args: made.append(args) or paint(*args))
-    rows = list(Unit(combination, "quiet", (1,)).rows(tiny, (COMPOSITE, {**COMPOSITE, EVERYWHERE: True})))
-    assert len(made) == paintings and len({row["key"] for row in rows}) == 2
-    assert style or rows[0]["distance"] == rows[1]["distance"]
+@pytest.mark.parametrize(
+    "style, background, painted",
+    [
+        (False, False, [None]),
+        (True, False, [None, "everywhere"]),
+        (False, True, [None, "surroundings"]),
+        (True, True, [None, "everywhere"]),
+    ],
+)
+def test_ways_that_act_alike_are_one_painting(tiny, monkeypatch, style, background, painted):
+    """Without a style nobody is in every pass, or the background; with one it is the style, either way."""
+    combination = next(
+        each
+        for each in world.combinations("2")
+        if (bool(each.scene.style), each.scene.background == "skyline") == (style, background)
+    )
+    made, ways = [], (COMPOSITE, *({**COMPOSITE, EVERYWHERE: styles} for styles in ("everywhere", "surroundings")))
+    monkeypatch.setattr(evaluate, "paint", lambda *args: made.append(args[3].get(EVERYWHERE)) or paint(*args))
+    rows = list(Unit(combination, "quiet", (1,)).rows(tiny, ways))
+    assert made == painted and len({row["key"] for row in rows}) == 3
 
 
 def test_a_line_cut_short_is_not_read(tmp_path):
@@ -457,16 +469,16 @@ def test_a_style_in_every_pass_claims_no_place(tiny):
     """The same as when somebody says so; where no style is named, nothing changes."""
     combination = next(each for each in world.combinations("2") if each.scene.style)
     style = tiny.lora(combination.scene.style, "quiet").name
-    ways = ({EVERYWHERE: True}, {"loras": {style: {"base": True}}}, {})
+    ways = ({EVERYWHERE: "everywhere"}, {"loras": {style: {"base": True}}}, {})
     image, by_hand, beside = (paint(tiny, combination, "quiet", {**COMPETING, **way}, (3,)).images[0] for way in ways)
     assert image.tobytes() == by_hand.tobytes() != beside.tobytes()
     plain = next(each for each in world.combinations("2") if not each.scene.style)
-    images = [paint(tiny, plain, "quiet", options, (3,)).images[0] for options in ({EVERYWHERE: True}, {})]
+    images = [paint(tiny, plain, "quiet", options, (3,)).images[0] for options in ({EVERYWHERE: "everywhere"}, {})]
     assert images[0].tobytes() == images[1].tobytes()
     names = [variant_name(options) for options in (COMPETING, STYLES_ONLY, {}, CEILING_OF_SHARES)]
-    names.append(variant_name({**CEILING_OF_SHARES, EVERYWHERE: True}))
-    assert len(set(names)) == 5 and sum("style in every pass" in name for name in names) == 2
-    assert sum("surroundings in every pass" in name for name in names) == 1
+    names += [variant_name({**CEILING_OF_SHARES, EVERYWHERE: styles}) for styles in ("everywhere", "surroundings")]
+    assert len(set(names)) == 6 and sum("style in every pass" in name for name in names) == 2
+    assert sum("surroundings in every pass" in name for name in names) == 2
 
 
 def test_true_renders_are_what_the_judge_calls_right():
