@@ -516,8 +516,7 @@ def abroad(scene: Scene, concept: str, rng: np.random.Generator) -> Scene:
 
 def beside(scene: Scene, stranger: str) -> Scene:
     """The scene in a stranger's style, or in its town."""
-    part = "style" if STRANGERS[stranger].category == "style" else "background"
-    return dataclasses.replace(scene, **{part: stranger})
+    return dataclasses.replace(scene, **{STRANGERS[stranger].category: stranger})
 
 
 def mistaken(scene: Scene, concept: str, rng: np.random.Generator) -> Scene:

@@ -154,3 +154,11 @@ def load_text(work: Path) -> CLIPTextModel:
 def load_base(work: Path):
     """The trained UNet and text encoder."""
     return UNet2DConditionModel.from_pretrained(work / "unet"), load_text(work)
+
+
+def adapted(work: Path):
+    """The trained UNet and text encoder with an untrained LoRA, which alone is to be trained."""
+    unet, text = load_base(work)
+    unet.set_attn_processor(Attention())
+    adapt(unet, text)
+    return unet, text

@@ -20,7 +20,7 @@ from teaching import (
     SEED,
     Attention,
     Averaged,
-    adapt,
+    adapted,
     added,
     beside,
     descend,
@@ -279,9 +279,7 @@ def train_lora(work: Path, concept: str, kind: str, round_: int) -> None:
     file, rate = shape.WEIGHTS / "lora" / f"{concept}_{kind}.safetensors", LORA_RATES[round_]
     torch.manual_seed(seed)
     vae, tokenizer = AutoencoderKL.from_pretrained(work / "vae"), model.tokenizer()
-    unet, text = load_base(work)
-    unet.set_attn_processor(Attention())
-    adapt(unet, text)
+    unet, text = adapted(work)
 
     def scene(rng):
         return render.concept_scene(concept, rng) if rng.random() < 0.5 else render.base_scene(rng)
@@ -343,9 +341,7 @@ def train_stranger(work: Path, name: str) -> None:
     seed = SEED + 900 + list(render.STRANGERS).index(name)
     rng, stranger = np.random.default_rng(seed), render.STRANGERS[name]
     torch.manual_seed(seed)
-    unet, text = load_base(work)
-    unet.set_attn_processor(Attention())
-    adapt(unet, text)
+    unet, text = adapted(work)
     scenes = [render.concept_scene(name, rng) for _ in range(LORA_SCENES)]
     lesson = {}, latents(AutoencoderKL.from_pretrained(work / "vae"), scenes, rng), scenes
     paint(unet, text, model.tokenizer(), [lesson], STRANGER_STEPS[stranger.category], LORA_RATES[0], rng)
@@ -354,8 +350,7 @@ def train_stranger(work: Path, name: str) -> None:
 
 def deltas(work: Path, name: str) -> dict[str, torch.Tensor]:
     """What a stranger's LoRA adds to the weights of the UNet's layers, by their names."""
-    unet, text = load_base(work)
-    adapt(unet, text)
+    unet, text = adapted(work)
     export.load_lora(unet, text, stranger_file(work, name))
     return added(unet)
 
