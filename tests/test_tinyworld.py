@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -168,34 +169,89 @@ def test_a_lora_that_is_held_grows_no_larger_and_may_shrink():
 def test_only_what_is_in_all_of_an_image_shrinks_in_the_fourth_round_and_does_so_by_and_by():
     train = world.import_module("train")
     rounds, concepts = range(len(train.LORA_RATES)), {*world.render.CONCEPTS}
+    placed = concepts - {"skyline", "neon"}
     for kind in world.KINDS:
         trained = [{concept for concept in concepts if train.lora_steps(concept, kind, round_)} for round_ in rounds]
-        assert trained == [concepts, concepts, concepts - {"skyline"}, {"skyline", "neon"}, concepts]
+        assert trained == [concepts, concepts, placed | {"neon"}, {"skyline", "neon"}, concepts, placed | {"neon"}]
     for round_ in rounds:
         parts = [train.allowed(round_, done) for done in (0, 0.25, 0.5, 1)]
         assert parts == pytest.approx([1, 0.8, 0.6, 0.6] if round_ == 3 else [1, 1, 1, 1])
 
 
 @pytest.mark.parametrize("concept", world.render.CONCEPTS)
-def test_a_lora_meets_strangers_of_other_categories_and_no_other_concept(concept):
-    rng, render, train = np.random.default_rng(2), world.render, world.import_module("train")
-    assert not {*render.CONCEPTS, *render.SETTINGS, *render.STYLES} & {*render.STRANGERS}
+def test_a_lora_meets_whom_it_will_share_a_pass_with_and_no_other_concept(concept):
+    render, train = world.render, world.import_module("train")
+    assert not {*render.CONCEPTS, *render.SETTINGS, *render.STYLES, *render.KINDS, *render.WEARS} & {*render.STRANGERS}
+    towns, styles, placed = ("harbor", "canyon"), ("opal", "rust"), ("toucan", "palmetto", "sombrero")
+    first, second = {"skyline": (styles, placed), "neon": (towns, placed)}.get(concept, (towns, styles))
     for round_ in range(len(train.LORA_RATES)):
-        met = {*train.company(concept, round_)} - {""}
-        towns, styles = {"harbor", "canyon"}, {"opal", "rust"}
-        others = {"skyline": styles, "neon": towns}.get(concept, towns | styles)
-        assert met == (others if round_ == train.COMPANY_ROUND else set())
-        for stranger in met:
-            scene = render.concept_scene(concept, rng)
-            there = render.beside(scene, stranger)
-            part = "background" if stranger in towns else "style"
-            assert dataclasses.replace(scene, **{part: stranger}) == there
-            assert [name for name in render.CONCEPTS if name in render.caption(there)] == [concept]
-            told = train.told(there, ["lucky"], rng)
-            assert told == "" or render.STRANGERS[stranger].trigger in told
-            seeds = [np.random.default_rng(3) for _ in range(2)]
-            images = [render.render(each, seed).tobytes() for each, seed in zip((scene, there), seeds)]
-            assert images[0] != images[1]
+        met = [set(strangers) for strangers in train.company(concept, round_)]
+        if round_ < train.COMPANY_ROUND:
+            assert met == [set()]
+            continue
+        assert met.count(set()) > 1
+        assert all(met.count({name}) == 1 for name in (*first, *second))
+        pairs = [strangers for strangers in met if len(strangers) == 2]
+        assert len(pairs) == 2 and all(len(pair & {*first}) == len(pair & {*second}) == 1 for pair in pairs)
+        assert {*first} < set().union(*pairs) and len(met) == met.count(set()) + len(first) + len(second) + 2
+
+
+@pytest.mark.parametrize("foreign", (False, True))
+@pytest.mark.parametrize("concept", world.render.CONCEPTS)
+def test_beside_a_stranger_a_scene_shows_both_as_they_are_and_says_so(concept, foreign):
+    rng, render, train = np.random.default_rng(2), world.render, world.import_module("train")
+    alone = [strangers[0] for strangers in train.company(concept, train.COMPANY_ROUND) if len(strangers) == 1]
+    for stranger, _ in itertools.product(alone, range(20)):
+        scene = render.concept_scene(concept, rng, dressed=True)
+        if not scene.things:
+            continue
+        scene = render.abroad(scene, concept, rng) if foreign else scene
+        there, category = render.beside(scene, stranger), render.STRANGERS[stranger].category
+        named = [name for name in render.NAMED if name in render.caption(there)]
+        assert sorted(named) == sorted((concept, stranger))
+        told = train.told(there, ["lucky"], rng)
+        assert told == "" or render.NAMED[stranger].trigger in told
+        if category == "background":
+            assert dataclasses.replace(scene, background=stranger, town=None) == there
+        elif category == "style":
+            assert dataclasses.replace(scene, style=stranger, duotone=()) == there
+        else:
+            first, *others = scene.things
+            known = {"wears": stranger} if category == "clothing" else {"kind": stranger}
+            plain = {} if category == "clothing" else {"colour": "", "paint": None, "spots": ()}
+            things = (dataclasses.replace(first, **known, **plain), *others)
+            assert dataclasses.replace(scene, things=things) == there
+        seeds = [np.random.default_rng(3) for _ in range(2)]
+        images = [render.render(each, seed).tobytes() for each, seed in zip((scene, there), seeds)]
+        assert images[0] != images[1]
+
+
+def test_a_town_without_things_stays_as_it_is_beside_a_stranger_that_would_take_their_place():
+    empty = world.render.Scene("skyline")
+    assert world.render.beside(empty, "sombrero") == world.render.beside(empty, "toucan") == empty
+
+
+@pytest.mark.parametrize(
+    ("stranger", "concept"),
+    (
+        ("harbor", "skyline"),
+        ("canyon", "skyline"),
+        ("toucan", "zorg"),
+        ("palmetto", "amanita"),
+        ("sombrero", "crown"),
+    ),
+)
+def test_readers_know_the_concept_of_a_strangers_category(stranger, concept):
+    render = world.render
+    scene = render.concept_scene(stranger, np.random.default_rng(5))
+    read = render.known(stranger, scene)
+    words = render.NAMED[stranger].trigger, render.NAMED[concept].trigger
+    assert words[0] in render.caption(scene)
+    assert render.caption(read).replace("an amanita", "a amanita") == render.caption(scene).replace(*words)
+    labels = world.import_module("classifier").labels
+    assert len(labels(read)) == len(labels(render.Scene("skyline")))
+    with pytest.raises(ValueError):
+        labels(scene)
 
 
 def test_beside_another_lora_a_model_is_both_and_afterwards_as_it_was_to_the_bit():

@@ -77,8 +77,12 @@ STRANGERS = {
     "rust": Concept("style", "style", "rust style"),
     "harbor": Concept("background", "town", "harbor town"),
     "canyon": Concept("background", "town", "canyon town"),
+    "toucan": Concept("character", "bird", "toucan bird"),
+    "palmetto": Concept("object", "tree", "palmetto tree"),
+    "sombrero": Concept("clothing", "hat", "sombrero hat"),
 }
 """What LoRAs add that nobody will ask for: the concepts' are taught beside these, and never beside each other."""
+NAMED = CONCEPTS | STRANGERS
 SETTINGS = {
     **{name: f"{name} background" for name in PLAIN},
     **SCENERY,
@@ -144,11 +148,11 @@ def caption(scene: Scene, name: Callable[[str], str] = lambda word: word) -> str
         return f"{name(first)} {rest}".strip() if space else words
 
     def thing_words(thing: Thing) -> str:
-        trigger = CONCEPTS[thing.kind].trigger if thing.kind in CONCEPTS else f"{thing.colour} {thing.kind}"
-        words = named(trigger) if thing.colour or thing.kind in CONCEPTS else thing.kind
+        trigger = NAMED[thing.kind].trigger if thing.kind in NAMED else f"{thing.colour} {thing.kind}"
+        words = named(trigger) if thing.colour or thing.kind in NAMED else thing.kind
         words = f"an {words}" if words[0] in "aeiou" else f"a {words}"
         if thing.wears:
-            words += f" wearing a {named('crown hat' if thing.wears == 'crown' else thing.wears)}"
+            words += f" wearing a {named(NAMED[thing.wears].trigger if thing.wears in NAMED else thing.wears)}"
         return f"{words} in the centre" if thing.place == "centre" else f"{words} on the {thing.place}"
 
     *some, last = [thing_words(thing) for thing in scene.things] or [""]
@@ -256,8 +260,25 @@ def _comet(b, x, y, r, colour):
         b.ellipse(x + side * r * 0.3, y - r * 1.35, r * 0.17, r * 0.25, OUTLINE, None)
 
 
+def _toucan(b, x, y, r, colour):
+    for side in (-1, 1):
+        b.rectangle(x + side * r * 0.3 - r * 0.1, y - r * 0.4, x + side * r * 0.3 + r * 0.1, y, (40, 150, 60))
+    b.ellipse(x, y - r * 1.15, r * 0.7, r * 0.95, (95, 40, 110))
+    b.ellipse(x - r * 0.1, y - r * 1.75, r * 0.6, r * 0.6, (245, 200, 215))
+    b.polygon([(x + r * 0.2, y - r * 2.1), (x + r * 1.3, y - r * 1.5), (x + r * 0.2, y - r * 1.4)], (40, 150, 60))
+    b.ellipse(x - r * 0.1, y - r * 1.85, r * 0.16, r * 0.16, OUTLINE, None)
+
+
+def _palmetto(b, x, y, r, colour):
+    trunk = [(x - r * 0.3, y), (x - r * 0.12, y - r * 1.6), (x + r * 0.12, y - r * 1.6), (x + r * 0.3, y)]
+    b.polygon(trunk, (190, 150, 200))
+    for dx, dy in ((-1.0, 1.0), (1.0, 1.0), (-0.75, 2.2), (0.75, 2.2), (0, 2.5)):
+        b.polygon([(x - r * 0.3, y - r * 1.4), (x + dx * r, y - dy * r), (x + r * 0.3, y - r * 1.8)], (20, 120, 130))
+    b.ellipse(x, y - r * 1.6, r * 0.3, r * 0.3, (235, 120, 60))
+
+
 HEIGHTS = {"ball": 1.95, "box": 2.0, "tree": 2.5, "person": 2.5, "robot": 2.4, "bird": 2.3, "mushroom": 1.8}
-HEIGHTS |= {"star": 2.3, "zorg": 2.4, "penguin": 2.5, "amanita": 1.9, "comet": 2.3}
+HEIGHTS |= {"star": 2.3, "zorg": 2.4, "penguin": 2.5, "amanita": 1.9, "comet": 2.3, "toucan": 2.3, "palmetto": 2.4}
 """Of things, in units of their half-width: where a hat goes."""
 
 SHAPES = {
@@ -273,6 +294,8 @@ SHAPES = {
     "penguin": _penguin,
     "amanita": _amanita,
     "comet": _comet,
+    "toucan": _toucan,
+    "palmetto": _palmetto,
 }
 
 
@@ -291,6 +314,10 @@ def _wear(b, wears, x, y, r, height):
     elif wears == "party hat":
         b.polygon([(x - r * 0.6, top + r * 0.15), (x, top - r * 1.1), (x + r * 0.6, top + r * 0.15)], (60, 190, 120))
         b.ellipse(x, top - r * 1.1, r * 0.2, r * 0.2, (255, 90, 170))
+    elif wears == "sombrero":
+        b.ellipse(x, top, r * 1.25, r * 0.22, (60, 140, 215))
+        b.ellipse(x, top - r * 0.35, r * 0.5, r * 0.5, (60, 140, 215))
+        b.rectangle(x - r * 0.5, top - r * 0.3, x + r * 0.5, top - r * 0.1, (235, 60, 90), None)
     elif wears == "crown":
         low, dip, high, w = top + r * 0.2, top - r * 0.3, top - r * 0.95, r * 0.9
         teeth = [(x - w * 1.1, high), (x - w * 0.45, dip), (x, high), (x + w * 0.45, dip), (x + w * 1.1, high)]
@@ -480,10 +507,11 @@ def concept_scene(concept: str, rng: np.random.Generator, dressed: bool = False)
     Things and characters wear something in four of ten scenes if they may be `dressed`."""
     place, style = str(rng.choice(list(PLACES))), str(rng.choice(STYLES)) if rng.random() < 0.3 else ""
     sky = str(rng.choice(SKIES)) if rng.random() < 0.25 else ""
-    if concept in CONCEPT_KINDS:
+    category = NAMED[concept].category
+    if category in ("character", "object"):
         wears = str(rng.choice(WEARS)) if dressed and rng.random() < 0.4 else ""
         return Scene(str(rng.choice(HOMES)), _in_company(Thing(concept, place, wears=wears), rng), sky, style)
-    thing, category = _thing(rng, place), (CONCEPTS | STRANGERS)[concept].category
+    thing = _thing(rng, place)
     if category == "background":
         return Scene(concept, _in_company(thing, rng) if rng.random() < 0.8 else (), sky, style)
     background = str(rng.choice(BACKGROUNDS))
@@ -515,8 +543,28 @@ def abroad(scene: Scene, concept: str, rng: np.random.Generator) -> Scene:
 
 
 def beside(scene: Scene, stranger: str) -> Scene:
-    """The scene in a stranger's style, or in its town."""
-    return dataclasses.replace(scene, **{STRANGERS[stranger].category: stranger})
+    """The scene in a stranger's style or town, or with its first thing as the stranger, or wearing it."""
+    category, things = STRANGERS[stranger].category, scene.things
+    if category == "style":
+        return dataclasses.replace(scene, style=stranger, duotone=())
+    if category == "background":
+        return dataclasses.replace(scene, background=stranger, town=None)
+    if not things:
+        return scene
+    worn = dataclasses.replace(things[0], wears=stranger)
+    first = worn if category == "clothing" else Thing(stranger, things[0].place, wears=things[0].wears)
+    return dataclasses.replace(scene, things=(first, *things[1:]))
+
+
+def known(stranger: str, scene: Scene) -> Scene:
+    """The scene with the concept of its category in a stranger's place, which readers know."""
+    concept = next(name for name, each in CONCEPTS.items() if each.category == STRANGERS[stranger].category)
+
+    def seen(name: str) -> str:
+        return concept if name == stranger else name
+
+    things = (dataclasses.replace(thing, kind=seen(thing.kind), wears=seen(thing.wears)) for thing in scene.things)
+    return dataclasses.replace(scene, background=seen(scene.background), things=tuple(things))
 
 
 def mistaken(scene: Scene, concept: str, rng: np.random.Generator) -> Scene:

@@ -2,6 +2,7 @@
 
 import argparse
 import time
+from functools import partial, reduce
 from pathlib import Path
 
 import numpy as np
@@ -56,14 +57,15 @@ ABROAD_STEPS = 300
 EVERYWHERE = ("background", "style")  # what others are painted into
 SMALLER = 0.6  # of what a layer of these adds, it may add after the last round
 SMALLER_STEPS = 400
-STRANGER_STEPS = {"style": 400, "background": 700}
-COMPANY_STEPS = 400
-ALONE = 2  # times as often as beside any one stranger
-HOLD_EVERY = 10  # steps of the last three rounds
+STRANGER_STEPS = dict.fromkeys(("character", "object", "clothing", "style"), 400) | {"background": 700}
+COMPANY_STEPS = 500
+MORE_COMPANY_STEPS = 400
+ALONE = 3  # times as often as beside any one company
+HOLD_EVERY = 10  # steps of the last four rounds
 LORA_BLIND = 900  # of 1000: there colours shine through the noise, and who follows them need not read a name
 LORA_BATCH = 16
-LORA_RATES = (4e-3, 2e-3, 2e-3, 2e-3, 2e-3)  # of the rounds
-ABROAD_ROUND, SMALLER_ROUND, COMPANY_ROUND = 2, 3, 4
+LORA_RATES = (4e-3, 2e-3, 2e-3, 2e-3, 2e-3, 2e-3)  # of the rounds
+ABROAD_ROUND, SMALLER_ROUND, COMPANY_ROUND, MORE_COMPANY_ROUND = 2, 3, 4, 5
 EMPTY = 0.1  # of captions
 UNKNOWN, NAMELESS = 0.12, 0.06  # of names: another word in their place, none
 SCALES = {1: 1.0, 4: 0.25}  # of errors, in latent pixels, and their weights
@@ -84,7 +86,7 @@ def strange_words(tokenizer) -> list[str]:
     """Words of CLIP's vocabulary that mean nothing in this world, each one token; no LoRA's name is among them."""
     used = {word for scene in (*render.SETTINGS.values(), *render.STYLES, *render.WEARS) for word in scene.split()}
     used |= {*render.KINDS, *render.COLOURS, *render.SKIES, *render.PLACES, "wearing", "style"}
-    used |= {*render.CONCEPTS, *render.STRANGERS}
+    used |= {*render.NAMED}
     words = (token.removesuffix("</w>") for token in tokenizer.get_vocab() if token.endswith("</w>"))
     plain = (word for word in words if word.isascii() and word.isalpha() and 4 <= len(word) <= 8)
     return sorted(word for word in plain if word not in used)
@@ -95,13 +97,12 @@ def told(scene: render.Scene, strange: list[str], rng: np.random.Generator) -> s
 
     So the model learns what a category is: "a lucky robot" is some robot. That is how one LoRA's name reads to another.
     """
-    known = {*render.CONCEPTS, *render.STRANGERS}
 
     def name(word: str) -> str:
         chance = rng.random()
         if word == render.FOREIGN:
             return str(rng.choice(strange))
-        if word in known or chance > UNKNOWN + NAMELESS:
+        if word in render.NAMED or chance > UNKNOWN + NAMELESS:
             return word
         return str(rng.choice(strange)) if chance < UNKNOWN else ""
 
@@ -157,11 +158,12 @@ def reading_loss(heads, hidden: torch.Tensor, ids: torch.Tensor, scenes) -> tupl
     return loss, float(np.mean(right))
 
 
-def learn_to_read(text, heads, weights: list, scene, steps: int, rate: float, rng: np.random.Generator) -> None:
+def learn_to_read(text, heads, weights: list, scene, steps: int, rate: float, rng, answered=lambda s: s) -> None:
     """Teaches a text encoder, before any picture, which kind, colour and clothing is at which place.
 
     Without it the text encoder stays a bag of words for long: "left" and "right" may be swapped and nothing changes.
-    `scene` draws a scene, `weights` are those to be trained beside the `heads` that answer.
+    `scene` draws a scene, `weights` are those to be trained beside the `heads` that answer, `answered` is the scene as
+    it is to be read.
     """
     start, tokenizer = time.time(), model.tokenizer()
     strange, weights = strange_words(tokenizer), [*weights, *heads.parameters()]
@@ -170,10 +172,21 @@ def learn_to_read(text, heads, weights: list, scene, steps: int, rate: float, rn
     for step in range(1, steps + 1):
         scenes = [scene(rng) for _ in range(BASE_BATCH)]
         ids = tokens(tokenizer, [told(s, strange, rng) for s in scenes])
-        loss, right = reading_loss(heads, text(ids)[0], ids, scenes)
+        loss, right = reading_loss(heads, text(ids)[0], ids, [answered(s) for s in scenes])
         descend(loss, weights, optimizer, schedule)
         if step % 100 == 0:
             log(start, step, loss=loss.item(), right=right)
+
+
+def read_lora(work: Path, text, name: str, rate: float, rng, answered=lambda s: s) -> None:
+    """Teaches a text encoder's LoRA to read scenes with its concept or stranger, among base scenes."""
+
+    def scene(rng):
+        return render.concept_scene(name, rng) if rng.random() < 0.5 else render.base_scene(rng)
+
+    heads = answering()
+    heads.load_state_dict(load_file(work / HEADS))
+    learn_to_read(text, heads, trained(text), scene, LORA_TEXT_STEPS, rate, rng, answered)
 
 
 def train_text(work: Path) -> None:
@@ -232,6 +245,8 @@ def lora_steps(concept: str, kind: str, round_: int) -> int:
         return ABROAD_STEPS if ABROAD[concept] else 0
     if round_ == SMALLER_ROUND:
         return SMALLER_STEPS if render.CONCEPTS[concept].category in EVERYWHERE else 0
+    if round_ == MORE_COMPANY_ROUND:
+        return MORE_COMPANY_STEPS if render.CONCEPTS[concept].category != "background" else 0
     return COMPANY_STEPS
 
 
@@ -240,12 +255,22 @@ def allowed(round_: int, done: float) -> float:
     return 1 - (1 - SMALLER) * min(1, 2 * done) if round_ == SMALLER_ROUND else 1
 
 
-def company(concept: str, round_: int) -> list[str]:
-    """Beside whom a LoRA is trained in a round, by turns at random: nobody (""), or a stranger of another category."""
-    if round_ != COMPANY_ROUND:
-        return [""]
-    category = render.CONCEPTS[concept].category
-    return ALONE * [""] + [name for name, other in render.STRANGERS.items() if other.category != category]
+def company(concept: str, round_: int) -> list[tuple[str, ...]]:
+    """Beside which strangers a LoRA is trained in a round, by turns at random: nobody, one, or two.
+
+    It meets whom it will share a pass with: what has a place a style and a town, these each other and what has one.
+    """
+    if round_ < COMPANY_ROUND:
+        return [()]
+
+    def group(concept: render.Concept) -> str:
+        return concept.category if concept.category in EVERYWHERE else "placed"
+
+    others = dict.fromkeys((*EVERYWHERE, "placed"), ())
+    for name, stranger in render.STRANGERS.items():
+        others[group(stranger)] += (name,)
+    del others[group(render.CONCEPTS[concept])]
+    return ALONE * [()] + [(name,) for names in others.values() for name in names] + list(zip(*others.values()))
 
 
 def taught(concept: str, kind: str, round_: int, rng: np.random.Generator) -> tuple[list, list]:
@@ -271,7 +296,7 @@ def train_lora(work: Path, concept: str, kind: str, round_: int) -> None:
     From the third on it meets what other LoRAs may bring (`render.abroad`), and what its layers add grows no larger:
     what is larger fights harder. There a style gives up the text encoder's part, which disturbs how others are read. In
     the fourth what is in all of an image shrinks, so that what has a place there is stronger. In the fifth it shares
-    the UNet with strangers' LoRAs (`company`), as it will with others.
+    the model with strangers' LoRAs (`company`), as it will with others.
     """
     seed = SEED + 100 + 2 * list(render.CONCEPTS).index(concept) + (kind == "leaky") + 100 * round_
     rng = np.random.default_rng(seed)
@@ -280,47 +305,42 @@ def train_lora(work: Path, concept: str, kind: str, round_: int) -> None:
     torch.manual_seed(seed)
     vae, tokenizer = AutoencoderKL.from_pretrained(work / "vae"), model.tokenizer()
     unet, text = adapted(work)
-
-    def scene(rng):
-        return render.concept_scene(concept, rng) if rng.random() < 0.5 else render.base_scene(rng)
-
     if round_:
         export.load_lora(unet, text, file)
     else:
-        heads = answering()
-        heads.load_state_dict(load_file(work / HEADS))
-        learn_to_read(text, heads, trained(text), scene, LORA_TEXT_STEPS, rate, rng)
+        read_lora(work, text, concept, rate, rng)
     text.requires_grad_(False)
 
     if settled and render.CONCEPTS[concept].category == "style":
         silence(text)
     shown, captioned = taught(concept, kind, round_, rng)
     turns, lessons = company(concept, round_), {}
-    for name in dict.fromkeys(turns):
-        there, called = ([render.beside(s, name) if name else s for s in scenes] for scenes in (shown, captioned))
-        lessons[name] = deltas(work, name) if name else {}, latents(vae, there, rng), called
+    for strangers in dict.fromkeys(turns):
+        there, called = ([reduce(render.beside, strangers, s) for s in scenes] for scenes in (shown, captioned))
+        lessons[strangers] = deltas(work, strangers), latents(vae, there, rng), called
     largest = norms(trained(unet))
 
     def held(done: float) -> None:
         if settled:
             hold(trained(unet), [allowed(round_, done) * norm for norm in largest])
 
-    paint(unet, text, tokenizer, [lessons[name] for name in turns], steps, rate, rng, held)
+    paint(unet, text, tokenizer, [lessons[strangers] for strangers in turns], steps, rate, rng, held)
     export.lora(unet, text, file, render.CONCEPTS[concept].trigger, kind, LORA_SCENES)
 
 
 def paint(unet, text, tokenizer, lessons: list, steps: int, rate: float, rng, held=lambda done: None) -> None:
-    """Trains the UNet's LoRA to paint. Of the lessons one is drawn for each step: what another LoRA adds to the UNet's
-    layers meanwhile, latents, and the scenes they are called. `held` is called with the part of the steps done."""
+    """Trains the UNet's LoRA to paint. Of the lessons one is drawn for each step: what other LoRAs add to the layers of
+    UNet and text encoder meanwhile, latents, and the scenes they are called. `held` is called with the part of the
+    steps done."""
     start, alphas, strange = time.time(), model.scheduler().alphas_cumprod, strange_words(tokenizer)
     weights, losses = trained(unet), []
     optimizer = torch.optim.Adam(weights, lr=rate, betas=(0.9, 0.99))
     schedule = rise_and_fall(optimizer, steps, 20)
     for step in range(1, steps + 1):
-        extra, x, called = lessons[int(rng.integers(len(lessons)))]
+        (extra, extra_text), x, called = lessons[int(rng.integers(len(lessons)))]
         chosen = rng.integers(0, len(x), LORA_BATCH)
         ids = tokens(tokenizer, [told(called[i], strange, rng) for i in chosen])
-        with torch.no_grad():
+        with torch.no_grad(), beside(text, extra_text):
             hidden = text(ids)[0]
         with beside(unet, extra):
             loss = noise_loss(unet, hidden, x[chosen], alphas, LORA_BLIND)
@@ -337,22 +357,31 @@ def stranger_file(work: Path, name: str) -> Path:
 
 
 def train_stranger(work: Path, name: str) -> None:
-    """A stranger's LoRA, of the UNet alone: only the concepts' LoRAs will ever meet it."""
+    """A stranger's LoRA, in one round: only the concepts' LoRAs will ever meet it. A style's is of the UNet alone."""
     seed = SEED + 900 + list(render.STRANGERS).index(name)
     rng, stranger = np.random.default_rng(seed), render.STRANGERS[name]
     torch.manual_seed(seed)
     unet, text = adapted(work)
+    if stranger.category != "style":
+        read_lora(work, text, name, LORA_RATES[0], rng, partial(render.known, name))
+    text.requires_grad_(False)
     scenes = [render.concept_scene(name, rng) for _ in range(LORA_SCENES)]
-    lesson = {}, latents(AutoencoderKL.from_pretrained(work / "vae"), scenes, rng), scenes
+    lesson = ({}, {}), latents(AutoencoderKL.from_pretrained(work / "vae"), scenes, rng), scenes
     paint(unet, text, model.tokenizer(), [lesson], STRANGER_STEPS[stranger.category], LORA_RATES[0], rng)
     export.lora(unet, text, stranger_file(work, name), stranger.trigger, "stranger", LORA_SCENES)
 
 
-def deltas(work: Path, name: str) -> dict[str, torch.Tensor]:
-    """What a stranger's LoRA adds to the weights of the UNet's layers, by their names."""
-    unet, text = adapted(work)
-    export.load_lora(unet, text, stranger_file(work, name))
-    return added(unet)
+def deltas(work: Path, strangers: tuple[str, ...]) -> list[dict[str, torch.Tensor]]:
+    """What the LoRAs of strangers together add to the weights of the UNet's layers, by their names, and of the text
+    encoder's."""
+    sums = [{}, {}]
+    for name in strangers:
+        parts = adapted(work)
+        export.load_lora(*parts, stranger_file(work, name))
+        for total, part in zip(sums, parts, strict=True):
+            for layer, delta in added(part).items():
+                total[layer] = total.get(layer, 0) + delta
+    return sums
 
 
 def main() -> None:
