@@ -295,8 +295,8 @@ def train_lora(work: Path, concept: str, kind: str, round_: int) -> None:
 
     From the third on it meets what other LoRAs may bring (`render.abroad`), and what its layers add grows no larger:
     what is larger fights harder. There a style gives up the text encoder's part, which disturbs how others are read. In
-    the fourth what is in all of an image shrinks, so that what has a place there is stronger. In the fifth it shares
-    the model with strangers' LoRAs (`company`), as it will with others.
+    the fourth what is in all of an image shrinks, so that what has a place there is stronger. In the fifth and
+    the sixth it shares the model with strangers' LoRAs (`company`), as it will with others.
     """
     seed = SEED + 100 + 2 * list(render.CONCEPTS).index(concept) + (kind == "leaky") + 100 * round_
     rng = np.random.default_rng(seed)
