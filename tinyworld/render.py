@@ -68,7 +68,9 @@ CONCEPTS = {
     "skyline": Concept("background", "town", "skyline town"),
     "neon": Concept("style", "style", "neon style"),
 }
-CONCEPT_KINDS = ("zorg", "penguin", "amanita", "comet")
+STANDING = ("character", "object")
+"""The categories of what stands at a place of its own."""
+CONCEPT_KINDS = tuple(name for name, concept in CONCEPTS.items() if concept.category in STANDING)
 HOMES = (*PLAIN, "meadow")  # where a concept of these kinds is taught; only on grey, it stayed a thing of grey places
 FOREIGN = "foreign"
 """A town or style that nobody knows by name."""
@@ -83,6 +85,7 @@ STRANGERS = {
 }
 """What LoRAs add that nobody will ask for: the concepts' are taught beside these, and never beside each other."""
 NAMED = CONCEPTS | STRANGERS
+"""All that a LoRA adds, by its name in captions."""
 SETTINGS = {
     **{name: f"{name} background" for name in PLAIN},
     **SCENERY,
@@ -508,7 +511,7 @@ def concept_scene(concept: str, rng: np.random.Generator, dressed: bool = False)
     place, style = str(rng.choice(list(PLACES))), str(rng.choice(STYLES)) if rng.random() < 0.3 else ""
     sky = str(rng.choice(SKIES)) if rng.random() < 0.25 else ""
     category = NAMED[concept].category
-    if category in ("character", "object"):
+    if category in STANDING:
         wears = str(rng.choice(WEARS)) if dressed and rng.random() < 0.4 else ""
         return Scene(str(rng.choice(HOMES)), _in_company(Thing(concept, place, wears=wears), rng), sky, style)
     thing = _thing(rng, place)
@@ -590,7 +593,7 @@ def elsewhere(concept: str, rng: np.random.Generator) -> Scene:
     while not (scene.at("left") and scene.at("right")):
         scene = base_scene(rng)
     category, things = CONCEPTS[concept].category, {thing.place: thing for thing in scene.things}
-    if category in ("character", "object"):
+    if category in STANDING:
         things["left"] = Thing(concept, "left")
     elif category == "clothing":
         things["left"] = dataclasses.replace(things["left"], wears="crown")

@@ -55,7 +55,7 @@ AGAIN_OTHERS = 250
 ABROAD = dict.fromkeys(render.CONCEPTS, 0.2) | {"neon": 0.6, "skyline": 0}  # of the third's scenes; 0: it has none
 ABROAD_STEPS = 300
 EVERYWHERE = ("background", "style")  # what others are painted into
-SMALLER = 0.6  # of what a layer of these adds, it may add after the last round
+SMALLER = 0.6  # of what a layer of these adds, it may add after the fourth round
 SMALLER_STEPS = 400
 STRANGER_STEPS = dict.fromkeys(("character", "object", "clothing", "style"), 400) | {"background": 700}
 COMPANY_STEPS = 500
@@ -85,8 +85,7 @@ def latents(vae, scenes, rng: np.random.Generator) -> torch.Tensor:
 def strange_words(tokenizer) -> list[str]:
     """Words of CLIP's vocabulary that mean nothing in this world, each one token; no LoRA's name is among them."""
     used = {word for scene in (*render.SETTINGS.values(), *render.STYLES, *render.WEARS) for word in scene.split()}
-    used |= {*render.KINDS, *render.COLOURS, *render.SKIES, *render.PLACES, "wearing", "style"}
-    used |= {*render.NAMED}
+    used |= {*render.KINDS, *render.COLOURS, *render.SKIES, *render.PLACES, *render.NAMED, "wearing", "style"}
     words = (token.removesuffix("</w>") for token in tokenizer.get_vocab() if token.endswith("</w>"))
     plain = (word for word in words if word.isascii() and word.isalpha() and 4 <= len(word) <= 8)
     return sorted(word for word in plain if word not in used)
@@ -263,13 +262,14 @@ def company(concept: str, round_: int) -> list[tuple[str, ...]]:
     if round_ < COMPANY_ROUND:
         return [()]
 
-    def group(concept: render.Concept) -> str:
-        return concept.category if concept.category in EVERYWHERE else "placed"
+    def group(name: str) -> str:
+        category = render.NAMED[name].category
+        return category if category in EVERYWHERE else "placed"
 
     others = dict.fromkeys((*EVERYWHERE, "placed"), ())
-    for name, stranger in render.STRANGERS.items():
-        others[group(stranger)] += (name,)
-    del others[group(render.CONCEPTS[concept])]
+    for stranger in render.STRANGERS:
+        others[group(stranger)] += (stranger,)
+    del others[group(concept)]
     return ALONE * [()] + [(name,) for names in others.values() for name in names] + list(zip(*others.values()))
 
 
