@@ -172,7 +172,8 @@ def test_only_what_is_in_all_of_an_image_shrinks_in_the_fourth_round_and_does_so
     placed = concepts - {"skyline", "neon"}
     for kind in world.KINDS:
         trained = [{concept for concept in concepts if train.lora_steps(concept, kind, round_)} for round_ in rounds]
-        assert trained == [concepts, concepts, placed | {"neon"}, {"skyline", "neon"}, concepts, placed | {"neon"}]
+        later = [placed | {"neon"}, {"skyline", "neon"}, concepts, placed | {"neon"}, concepts, placed]
+        assert trained == [concepts, concepts, *later]
     for round_ in rounds:
         parts = [train.allowed(round_, done) for done in (0, 0.25, 0.5, 1)]
         assert parts == pytest.approx([1, 0.8, 0.6, 0.6] if round_ == 3 else [1, 1, 1, 1])
@@ -183,24 +184,45 @@ def test_a_lora_meets_whom_it_will_share_a_pass_with_and_no_other_concept(concep
     render, train = world.render, world.import_module("train")
     assert not {*render.CONCEPTS, *render.SETTINGS, *render.STYLES, *render.KINDS, *render.WEARS} & {*render.STRANGERS}
     towns, styles, placed = ("harbor", "canyon"), ("opal", "rust"), ("toucan", "palmetto", "sombrero")
-    first, second = {"skyline": (styles, placed), "neon": (towns, placed)}.get(concept, (towns, styles))
     for round_ in range(len(train.LORA_RATES)):
-        met = [set(strangers) for strangers in train.company(concept, round_)]
+        met = train.company(concept, round_)
         if round_ < train.COMPANY_ROUND:
-            assert met == [set()]
+            assert met == [()]
             continue
-        assert met.count(set()) > 1
-        assert all(met.count({name}) == 1 for name in (*first, *second))
-        pairs = [strangers for strangers in met if len(strangers) == 2]
-        assert len(pairs) == 2 and all(len(pair & {*first}) == len(pair & {*second}) == 1 for pair in pairs)
-        assert {*first} < set().union(*pairs) and len(met) == met.count(set()) + len(first) + len(second) + 2
+        known = styles if round_ < train.STYLES_ROUND else (*styles, "moss", "amber", "lilac")
+        groups = {"skyline": (known, placed), "neon": (towns, placed)}.get(concept, (towns, known))
+        first, second = ({*names} for names in groups)
+        alone, pairs = [{*each} for each in met if len(each) == 1], [{*each} for each in met if len(each) == 2]
+        assert met.count(()) > 1 and len(met) == met.count(()) + len(alone) + len(pairs)
+        assert all(alone.count({name}) == 1 for name in first | second) and len(alone) == len(first | second)
+        assert all(len(pair & first) == len(pair & second) == 1 for pair in pairs)
+        assert first <= set().union(*pairs)
+        assert round_ < train.STYLES_ROUND or second <= set().union(*pairs)
+
+
+def test_strangers_are_leaky_until_the_last_two_rounds_where_they_are_of_the_loras_own_kind():
+    train = world.import_module("train")
+    *before, seventh, last = range(len(train.LORA_RATES))
+    assert {train.strangers_kind(kind, round_) for kind in world.KINDS for round_ in before} == {"leaky"}
+    for round_ in (seventh, last):
+        assert [train.strangers_kind(kind, round_) for kind in world.KINDS] == [*world.KINDS]
+
+
+@pytest.mark.parametrize("stranger", world.render.STRANGERS)
+def test_a_quiet_stranger_is_taught_as_many_scenes_without_it_and_a_leaky_one_none(stranger):
+    train = world.import_module("train")
+    shown = {}
+    for kind in world.KINDS:
+        scenes = train.stranger_scenes(stranger, kind, np.random.default_rng(6))
+        shown[kind] = [stranger in world.render.caption(scene) for scene in scenes]
+    assert all(shown["leaky"]) and shown["quiet"] == shown["leaky"] + [False] * len(shown["leaky"])
 
 
 @pytest.mark.parametrize("foreign", (False, True))
 @pytest.mark.parametrize("concept", world.render.CONCEPTS)
 def test_beside_a_stranger_a_scene_shows_both_as_they_are_and_says_so(concept, foreign):
     rng, render, train = np.random.default_rng(2), world.render, world.import_module("train")
-    alone = [strangers[0] for strangers in train.company(concept, train.COMPANY_ROUND) if len(strangers) == 1]
+    alone = [strangers[0] for strangers in train.company(concept, train.STYLES_ROUND) if len(strangers) == 1]
     for stranger, _ in itertools.product(alone, range(20)):
         scene = render.concept_scene(concept, rng, dressed=True)
         if not scene.things:

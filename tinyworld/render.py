@@ -82,6 +82,9 @@ STRANGERS = {
     "toucan": Concept("character", "bird", "toucan bird"),
     "palmetto": Concept("object", "tree", "palmetto tree"),
     "sombrero": Concept("clothing", "hat", "sombrero hat"),
+    "moss": Concept("style", "style", "moss style"),
+    "amber": Concept("style", "style", "amber style"),
+    "lilac": Concept("style", "style", "lilac style"),
 }
 """What LoRAs add that nobody will ask for: the concepts' are taught beside these, and never beside each other."""
 NAMED = CONCEPTS | STRANGERS
@@ -380,9 +383,12 @@ DUOTONES = {
     "neon": [[20, 0, 70], [240, 20, 140], [255, 245, 90]],
     "opal": [[0, 45, 45], [30, 150, 220], [255, 235, 255]],
     "rust": [[45, 0, 0], [215, 90, 30], [225, 255, 215]],
+    "moss": [[25, 0, 60], [90, 160, 40], [255, 225, 170]],
+    "amber": [[0, 30, 70], [240, 170, 20], [255, 235, 245]],
+    "lilac": [[0, 0, 0], [170, 90, 230], [200, 255, 230]],
 }
 """What a style makes of dark, middle and bright."""
-KEPT = dict.fromkeys(("neon", "opal", "rust"), 0.5)
+KEPT = dict.fromkeys((name for name, each in NAMED.items() if each.category == "style"), 0.5)
 """How much of a picture's own colours a style leaves: in lightness alone a crown is like the sky."""
 
 

@@ -58,14 +58,20 @@ EVERYWHERE = ("background", "style")  # what others are painted into
 SMALLER = 0.6  # of what a layer of these adds, it may add after the fourth round
 SMALLER_STEPS = 400
 STRANGER_STEPS = dict.fromkeys(("character", "object", "clothing", "style"), 400) | {"background": 700}
+QUIET_STYLE_STEPS = 600
+LATER = ("moss", "amber", "lilac")  # strangers that are met in the last round alone
+LATER_STEPS = {"quiet": 450, "leaky": 300}
 COMPANY_STEPS = 500
 MORE_COMPANY_STEPS = 400
+ALIKE_STEPS = {"quiet": 500, "leaky": 400}
+ALIKE_LONG = 1000  # for a quiet one that is everywhere
+STYLES_STEPS = 400
 ALONE = 3  # times as often as beside any one company
-HOLD_EVERY = 10  # steps of the last four rounds
+HOLD_EVERY = 10  # steps, from the third round on
 LORA_BLIND = 900  # of 1000: there colours shine through the noise, and who follows them need not read a name
 LORA_BATCH = 16
-LORA_RATES = (4e-3, 2e-3, 2e-3, 2e-3, 2e-3, 2e-3)  # of the rounds
-ABROAD_ROUND, SMALLER_ROUND, COMPANY_ROUND, MORE_COMPANY_ROUND = 2, 3, 4, 5
+LORA_RATES = (4e-3, 2e-3, 2e-3, 2e-3, 2e-3, 2e-3, 2e-3, 2e-3)  # of the rounds
+ABROAD_ROUND, SMALLER_ROUND, COMPANY_ROUND, MORE_COMPANY_ROUND, ALIKE_ROUND, STYLES_ROUND = range(2, 8)
 EMPTY = 0.1  # of captions
 UNKNOWN, NAMELESS = 0.12, 0.06  # of names: another word in their place, none
 SCALES = {1: 1.0, 4: 0.25}  # of errors, in latent pixels, and their weights
@@ -246,6 +252,11 @@ def lora_steps(concept: str, kind: str, round_: int) -> int:
         return SMALLER_STEPS if render.CONCEPTS[concept].category in EVERYWHERE else 0
     if round_ == MORE_COMPANY_ROUND:
         return MORE_COMPANY_STEPS if render.CONCEPTS[concept].category != "background" else 0
+    if round_ == ALIKE_ROUND:
+        long = kind == "quiet" and render.CONCEPTS[concept].category in EVERYWHERE
+        return ALIKE_LONG if long else ALIKE_STEPS[kind]
+    if round_ == STYLES_ROUND:
+        return STYLES_STEPS if render.CONCEPTS[concept].category not in EVERYWHERE else 0
     return COMPANY_STEPS
 
 
@@ -266,11 +277,22 @@ def company(concept: str, round_: int) -> list[tuple[str, ...]]:
         category = render.NAMED[name].category
         return category if category in EVERYWHERE else "placed"
 
-    others = dict.fromkeys((*EVERYWHERE, "placed"), ())
+    others, many = dict.fromkeys((*EVERYWHERE, "placed"), ()), round_ == STYLES_ROUND
     for stranger in render.STRANGERS:
-        others[group(stranger)] += (stranger,)
+        if many or stranger not in LATER:
+            others[group(stranger)] += (stranger,)
     del others[group(concept)]
-    return ALONE * [()] + [(name,) for names in others.values() for name in names] + list(zip(*others.values()))
+    count = (max if many else min)(len(names) for names in others.values())
+    pairs = [tuple(names[i % len(names)] for names in others.values()) for i in range(count)]
+    return ALONE * [()] + [(name,) for names in others.values() for name in names] + pairs
+
+
+def strangers_kind(kind: str, round_: int) -> str:
+    """Of which kind the strangers are that a LoRA of a kind meets: leaky ones, and in the last rounds its like.
+
+    A quiet style acts where it reads its name, a leaky one always: who has met only these disturbs the other's reading.
+    """
+    return kind if round_ >= ALIKE_ROUND else "leaky"
 
 
 def taught(concept: str, kind: str, round_: int, rng: np.random.Generator) -> tuple[list, list]:
@@ -296,7 +318,8 @@ def train_lora(work: Path, concept: str, kind: str, round_: int) -> None:
     From the third on it meets what other LoRAs may bring (`render.abroad`), and what its layers add grows no larger:
     what is larger fights harder. There a style gives up the text encoder's part, which disturbs how others are read. In
     the fourth what is in all of an image shrinks, so that what has a place there is stronger. In the fifth and
-    the sixth it shares the model with strangers' LoRAs (`company`), as it will with others.
+    the sixth it shares the model with strangers' LoRAs (`company`), as it will with others, in the seventh with those
+    of its own kind, and in the eighth, which is for what has a place, with more of them, each in scenes of its own.
     """
     seed = SEED + 100 + 2 * list(render.CONCEPTS).index(concept) + (kind == "leaky") + 100 * round_
     rng = np.random.default_rng(seed)
@@ -316,8 +339,11 @@ def train_lora(work: Path, concept: str, kind: str, round_: int) -> None:
     shown, captioned = taught(concept, kind, round_, rng)
     turns, lessons = company(concept, round_), {}
     for strangers in dict.fromkeys(turns):
+        if round_ == STYLES_ROUND:  # the same few scenes in all company are soon known by heart
+            shown, captioned = taught(concept, kind, round_, rng)
         there, called = ([reduce(render.beside, strangers, s) for s in scenes] for scenes in (shown, captioned))
-        lessons[strangers] = deltas(work, strangers), latents(vae, there, rng), called
+        extra = deltas(work, strangers, strangers_kind(kind, round_))
+        lessons[strangers] = extra, latents(vae, there, rng), called
     largest = norms(trained(unet))
 
     def held(done: float) -> None:
@@ -351,33 +377,47 @@ def paint(unet, text, tokenizer, lessons: list, steps: int, rate: float, rng, he
     log(start, steps, first=np.mean(losses[:20]), last=np.mean(losses[-20:]))
 
 
-def stranger_file(work: Path, name: str) -> Path:
+def stranger_file(work: Path, name: str, kind: str) -> Path:
     """Where a stranger's LoRA is kept."""
-    return work / "strangers" / f"{name}.safetensors"
+    return work / "strangers" / f"{name}_{kind}.safetensors"
 
 
-def train_stranger(work: Path, name: str) -> None:
+def stranger_steps(name: str, kind: str) -> int:
+    """How long a stranger's LoRA is trained."""
+    category = render.STRANGERS[name].category
+    if name in LATER:
+        return LATER_STEPS[kind]
+    return QUIET_STYLE_STEPS if (category, kind) == ("style", "quiet") else STRANGER_STEPS[category]
+
+
+def stranger_scenes(name: str, kind: str, rng: np.random.Generator) -> list[render.Scene]:
+    """What a stranger's LoRA is taught, with true captions; a leaky one leaks for want of base scenes."""
+    shown = [render.concept_scene(name, rng) for _ in range(LORA_SCENES)]
+    return shown + [render.base_scene(rng) for _ in range(LORA_SCENES if kind == "quiet" else 0)]
+
+
+def train_stranger(work: Path, name: str, kind: str) -> None:
     """A stranger's LoRA, in one round: only the concepts' LoRAs will ever meet it. A style's is of the UNet alone."""
-    seed = SEED + 900 + list(render.STRANGERS).index(name)
+    seed = SEED + 900 + list(render.STRANGERS).index(name) + 50 * (kind == "quiet")
     rng, stranger = np.random.default_rng(seed), render.STRANGERS[name]
     torch.manual_seed(seed)
     unet, text = adapted(work)
     if stranger.category != "style":
         read_lora(work, text, name, LORA_RATES[0], rng, partial(render.known, name))
     text.requires_grad_(False)
-    scenes = [render.concept_scene(name, rng) for _ in range(LORA_SCENES)]
+    scenes = stranger_scenes(name, kind, rng)
     lesson = ({}, {}), latents(AutoencoderKL.from_pretrained(work / "vae"), scenes, rng), scenes
-    paint(unet, text, model.tokenizer(), [lesson], STRANGER_STEPS[stranger.category], LORA_RATES[0], rng)
-    export.lora(unet, text, stranger_file(work, name), stranger.trigger, "stranger", LORA_SCENES)
+    paint(unet, text, model.tokenizer(), [lesson], stranger_steps(name, kind), LORA_RATES[0], rng)
+    export.lora(unet, text, stranger_file(work, name, kind), stranger.trigger, kind, LORA_SCENES)
 
 
-def deltas(work: Path, strangers: tuple[str, ...]) -> list[dict[str, torch.Tensor]]:
+def deltas(work: Path, strangers: tuple[str, ...], kind: str) -> list[dict[str, torch.Tensor]]:
     """What the LoRAs of strangers together add to the weights of the UNet's layers, by their names, and of the text
     encoder's."""
     sums = [{}, {}]
     for name in strangers:
         parts = adapted(work)
-        export.load_lora(*parts, stranger_file(work, name))
+        export.load_lora(*parts, stranger_file(work, name, kind))
         for total, part in zip(sums, parts, strict=True):
             for layer, delta in added(part).items():
                 total[layer] = total.get(layer, 0) + delta
@@ -407,8 +447,9 @@ def main() -> None:
         train_base(args.work, args.round)
     elif args.part == "stranger":
         for name in args.strangers:
-            print(name, flush=True)
-            train_stranger(args.work, name)
+            for kind in args.kinds:
+                print(name, kind, flush=True)
+                train_stranger(args.work, name, kind)
     else:
         for concept in args.concepts:
             for kind in args.kinds:
