@@ -140,10 +140,10 @@ def rest_of(claims: Sequence[Claim], image_of_row: Sequence[int]) -> Tensor | No
 
 
 def kept_of(claims: Sequence[Claim], image_of_row: Sequence[int]) -> Tensor | None:
-    """Of R rows, whose images ``image_of_row`` are, in which somebody takes part who keeps what nobody else is clearly
-    at home in, ``[R]``; None: no row."""
-    rows = [any(claim.keeps for claim in claims if claim.acts_in(image)) for image in image_of_row]
-    return torch.tensor(rows) if any(rows) else None
+    """Which of several LoRAs keep what nobody else is clearly at home in, in which of R rows, whose images
+    ``image_of_row`` are: ``[N, R]``; None: nobody in any."""
+    kept = torch.tensor([[claim.keeps and claim.acts_in(image) for image in image_of_row] for claim in claims])
+    return kept if kept.any() else None
 
 
 def places_and_shares(claims: Sequence[Claim], like: Tensor, image_of_row: Sequence[int]) -> dict[str, Tensor | None]:

@@ -582,8 +582,9 @@ OPTIONS = (
         True,
         "The rest to the bare model",
         "On: what no LoRA is clearly at home in is the bare model's, so that none paints ghosts of other surroundings "
-        "there; as far as the LoRAs disagree, and unless one of them is at home in most of the image. Off: they share "
-        "out the whole image (the paper); try it when parts of a thing come out as the bare model paints them.",
+        "there; as far as the LoRAs disagree, and unless one of them is at home in most of the image. Where a style or "
+        "a background competes it is that one's. Off: they share out the whole image (the paper); try it when parts of "
+        "a thing come out as the bare model, or a background, paints them.",
         group="Weights",
         methods=LORATORIO,
         idle=False,

@@ -352,7 +352,7 @@ def coverage(prior, mask):
 
 def loratorio(
     eps, eps_base, cond, uncond, base_uncond, image_of_row, options, mask=None, place=None, share=None, base_cond=None,
-    relative=None, rest=False, kept=False,
+    relative=None, rest=False, kept=None,
 ):  # fmt: skip
     """Sections 1 to 4, or the gated sum: (cond [R,C,H,W], uncond [B,C,H,W] or None, patch weights [N,R,h,w]).
 
@@ -360,8 +360,8 @@ def loratorio(
     act, the rest is ``base_cond [R,C,H,W]`` and ``base_uncond``; ``share [N]``: a factor on everyone's claim.
     ``relative [N,R,h,w]``: the relative divergences, where earlier steps have a part in them. ``rest``: whether
     the base competes as well, like one more LoRA, in all rows or ``[R]``; in others it does by the option ``rest``,
-    as far as `claim_of_base` says, but beside nobody, beside places, and where ``kept``, as ``rest``, says no. What it
-    wins is ``base_cond`` and ``base_uncond``.
+    as far as `claim_of_base` says, but beside nobody, beside places, and beside those who keep the rest, by ``kept
+    [N,R]``: these compete by no less than the base would. What it wins is ``base_cond`` and ``base_uncond``.
     """
     p = options["patch_size"]
     similarity = SIMILARITY[options["patches"]](eps, eps_base, p)
@@ -386,10 +386,13 @@ def loratorio(
         claim, rivals, spread = np.stack([[share_of[i] * prior[i]] * rows for i in range(n)]), mask, mask
         known = rest > 0
         if options["rest"] and n > 1:
-            claims = claim_of_base(eps, eps_base, relative, mask)
-            kept = np.broadcast_to(kept, (rows,))
+            claims, at_least = claim_of_base(eps, eps_base, relative, mask), of_rest(relative, mask)[0]
+            relative = np.array(relative, np.float64)
             for j in range(rows):
-                if not rest[j] and not kept[j] and (everywhere or not placed(place, j)):
+                keepers = [i for i in range(n) if kept is not None and kept[i][j] and mask[i, j].any()]
+                for i in keepers:
+                    relative[i, j] = np.where(relative[i, j] < at_least[j], at_least[j], relative[i, j])
+                if not rest[j] and not keepers and (everywhere or not placed(place, j)):
                     rest[j] = claims[j]
         if np.any(rest):
             of_base, known = (np.broadcast_to(each.reshape(1, -1, 1, 1), mask[:1].shape) for each in (rest, known))

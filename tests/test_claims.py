@@ -578,14 +578,15 @@ class TestBackgrounds:
             found = claims("zorg:1", tagged(other), styles="compete", **options).each
             return places_and_shares(found, torch.zeros(2, 4, 8, 8), (0, 1))["kept"]
 
-        assert (kept().tolist() == [True, True]) if keeps else kept() is None
+        assert (kept().tolist() == [[False, False], [True, True]]) if keeps else kept() is None
         assert kept(rest=False) is None
 
     def test_it_does_in_the_images_in_which_it_takes_part(self):
         town = Tagged(lora("town"), words=("skyline town",), pooled=True)
         found = claims("zorg:1", "knight:1", town).each
         heeded = heeding(found, [False, False, True], ["zorg", "zorg, skyline town"], "drop_pooled")
-        assert places_and_shares(heeded, torch.zeros(2, 4, 8, 8), (0, 1, 1))["kept"].tolist() == [False, True, True]
+        kept = places_and_shares(heeded, torch.zeros(2, 4, 8, 8), (0, 1, 1))["kept"]
+        assert kept.tolist() == [[False] * 3, [False] * 3, [False, True, True]]
 
     def test_one_of_a_pool_competes(self):
         town = Tagged(lora("town"), words=("skyline town",), pooled=True)
@@ -608,7 +609,8 @@ class TestBackgrounds:
         claimed = places_and_shares(claims("zorg:1", self.TOWN).each[:1], torch.zeros(1, 4, 8, 8), (0,))
         assert claimed["rest"].tolist() == [True] and claimed["place"] is claimed["share"] is None
         for nobody in ([], claims("zorg:1").each):
-            assert places_and_shares(nobody, torch.zeros(1, 4, 8, 8), (0,))["rest"] is None
+            found = places_and_shares(nobody, torch.zeros(1, 4, 8, 8), (0,))
+            assert found["rest"] is found["kept"] is None
 
 
 @pytest.mark.parametrize(

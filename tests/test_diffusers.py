@@ -144,11 +144,11 @@ def acts_at(claim, progress):
 
 
 @torch.no_grad()
-def reference(family, files, weights, method, options, call=None, sampler="DDIM", parts=(), rest=False):
+def reference(family, files, weights, method, options, call=None, sampler="DDIM", parts=(), rest=False, kept=None):
     """Latents by a plain loop: a pipeline for every LoRA, the oracle's composition, guidance, the scheduler's step.
 
     ``parts``: of each LoRA's claim; those in every pass are in the base's pipeline and in all others. ``rest``: what
-    the others are not clearly at home in is the base's."""
+    the others are not clearly at home in is the base's; or, ``kept``, that of one of them, by its number."""
     claims = [Claim.of(each) for each in parts or [{}] * len(files)]
 
     def holding(*loras):
@@ -207,7 +207,8 @@ def reference(family, files, weights, method, options, call=None, sampler="DDIM"
                 )
                 rows = range(images)
                 relative = momentum(eps, eps_base, options, members)
-                claimed = (place, share, base_cond, relative, rest)
+                keeps = None if kept is None else [[i == kept] * images for i in members]
+                claimed = (place, share, base_cond, relative, rest, keeps)
                 cond, uncond, _ = oracle.loratorio(
                     eps, eps_base, conds, unconds, base_uncond, rows, options, None, *claimed
                 )
@@ -321,6 +322,17 @@ class TestSurroundings:
         two, options = files["sd1"][:2], {"regions": True, "patches": "sliding", "momentum": 0.5}
         told = [{"words": "oil style"}, {"at": "left"}]
         check(pipes, two, weights=WEIGHTS[:2], parts=[EVERYWHERE, told[1]], told=told, **options)
+
+    @pytest.mark.parametrize("words", ["oil style", "bamboo forest"])
+    def test_who_competes_and_is_known_to_keep_the_rest_does(self, pipes, files, words):
+        """As a style does where styles compete, a background wherever it does."""
+        pipe, options = pipes["sd1"], {**OPTIONS, "rest": True, "styles": "compete", "regions": True}
+        loras = loras_of(pipe, files["sd1"])
+        knowing = [loras[0], replace(loras[1], parts={"words": words}), *loras[2:]]
+        expected = reference("sd1", files["sd1"], WEIGHTS, "loratorio", options, kept=1)
+        kept, shared_out = (generate(pipe, knowing, **{**options, "rest": rest}) for rest in (True, False))
+        assert relative_error(kept, expected) < 1e-4
+        assert relative_error(shared_out, expected) > 1e-3
 
     def test_a_step_tells_who_is_in_every_pass(self, pipes, files):
         pipe, seen = pipes["sd1"], []

@@ -60,10 +60,8 @@ def expected(predictions, chosen, mask=None):
         mask,
         *(maybe(each) for each in (predictions.place, predictions.share)),
         exact(predictions.host_cond),
-        **{
-            name: False if getattr(predictions, name) is None else getattr(predictions, name).numpy()
-            for name in ("rest", "kept")
-        },
+        rest=False if predictions.rest is None else predictions.rest.numpy(),
+        kept=None if predictions.kept is None else predictions.kept.numpy(),
     )
 
 

@@ -1,5 +1,7 @@
 """Selecting in every n-th step: exact where it selects, each image's own choice between, and cheaper for it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -79,14 +81,16 @@ def method_options(draw):
     n=st.integers(1, 5),
     rows=st.sampled_from([(0,), (0, 1), (0, 0, 1), (1, 0, 1)]),
     skipped=st.sets(st.integers(0, 5)),
+    keepers=st.sets(st.integers(0, 4)),
     seed=st.integers(0, 1000),
 )
 @hypothesis_settings(deadline=None, max_examples=60)
-def test_agrees_with_the_oracle_over_the_steps(chosen, every, n, rows, skipped, seed):
-    """Steps without unconditional rows (NGMS) among them."""
+def test_agrees_with_the_oracle_over_the_steps(chosen, every, n, rows, skipped, keepers, seed):
+    """Steps without unconditional rows (NGMS) among them, and LoRAs that keep the rest."""
+    kept = torch.tensor([[i in keepers] * len(rows) for i in range(n)])
     method, selection = Reselection(LoRAtorio(**chosen), every), oracle.Selection(every)
     for number in range(6):
-        full = step(n, rows, 100 * seed + number, uncond=number not in skipped)
+        full = replace(step(n, rows, 100 * seed + number, uncond=number not in skipped), kept=kept)
         plan = method.plan(number, n)
         composed = method.combine(only(full, plan))
         mask = selection(full.eps.numpy(), full.eps_base.numpy(), chosen)
@@ -94,7 +98,7 @@ def test_agrees_with_the_oracle_over_the_steps(chosen, every, n, rows, skipped, 
         unconds = [None if each is None else each.numpy() for each in (full.uncond, full.host_uncond)]
         cond, uncond, weights = oracle.loratorio(
             full.eps.numpy(), full.eps_base.numpy(), full.cond.numpy(), *unconds, rows, chosen, mask,
-            base_cond=full.host_cond.numpy(),
+            base_cond=full.host_cond.numpy(), kept=kept.numpy(),
         )  # fmt: skip
         np.testing.assert_allclose(composed.weights, weights, atol=1e-4)
         np.testing.assert_allclose(composed.cond, cond, atol=2e-3)

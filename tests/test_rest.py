@@ -166,10 +166,46 @@ class TestWeights:
     def test_who_is_known_to_keep_the_rest_does_row_by_row(self):
         eps, eps_base = things(rows=2)
         method = whole(relativity=1.0, temperature=0.3, rest=True)
-        weights = method.weights(eps, eps_base, kept=torch.tensor([True, False]))
-        assert_close(weights[:, 0], of(eps[:, [0]], eps_base[[0]], rest=False)[:, 0].double().numpy(), tolerance=1e-2)
+        weights = method.weights(eps, eps_base, kept=torch.tensor([[False, False], [True, False]]))
         assert_close(weights[:, 0].sum(dim=0), torch.ones(SIZE, SIZE).numpy())
-        assert weights[:, 1].sum(dim=0).min() < 0.1
+        assert weights[1, 0, 7:].min() > 0.9 and weights[0, 0, 2, LEFT].min() > 0.9
+        assert_close(weights[:, [1]], of(eps[:, [1]], eps_base[[1]]).double().numpy())
+
+    def test_a_background_keeps_what_a_thing_is_not_clearly_at_home_in(self):
+        """Where the thing diverges more than the background, though less than half as much again as it does in the
+        mean; but not where it is at home."""
+        thing = torch.full((1, 1, SIZE, SIZE), 3.0)
+        thing[..., LEFT, LEFT] = 12
+        background = torch.full_like(thing, 0.5)
+        background[..., RIGHT, RIGHT] = 8
+        relative = core.relative_divergence(torch.cat([background, thing]), 1.0)
+        method = whole(relativity=1.0, temperature=0.3, rest=True, regions=False)
+        shared, kept = (
+            method.weights(*things(), relative=relative, kept=kept)[0, 0]
+            for kept in (None, torch.tensor([[True], [False]]))
+        )
+        assert kept[:, 5:].min() > 0.95 and shared[4:-4].max() < 0.2
+        assert kept[LEFT, LEFT].max() < 0.01
+
+    def test_of_two_that_keep_it_who_diverges_more_has_it(self):
+        """Each is at home in it; where neither diverges more than one must to be so, they share it."""
+        eps, eps_base = things()
+        relative = torch.full((3, 1, SIZE, SIZE), 0.5)
+        relative[0, ..., :3], relative[1, ..., -3:] = 8, 8
+        method = whole(relativity=0.0, temperature=0.3, rest=True, regions=False)
+        kept = torch.tensor([[True], [True], [False]])
+        weights = method.weights(torch.cat([eps, eps[:1]]), eps_base, relative=relative, kept=kept)[:, 0]
+        assert weights[0, :, :3].min() > 0.9 and weights[1, :, -3:].min() > 0.9
+        assert_close(weights[:2, :, 3:-3], torch.full((2, SIZE, SIZE - 6), 0.5).numpy(), tolerance=0.02)
+
+    def test_who_is_not_chosen_keeps_nothing(self):
+        """Of three, two that are chosen: as if there were but these, whatever the third would keep."""
+        eps, eps_base = things()
+        third = eps_base + 0.01 * torch.randn(1, 1, 4, SIZE, SIZE, generator=generator(7))
+        method = whole(relativity=1.0, temperature=0.3, rest=True, top_k=2)
+        weights = method.weights(torch.cat([eps, third]), eps_base, kept=torch.tensor([[False], [False], [True]]))
+        assert_close(weights[:2], of(eps, eps_base).double().numpy())
+        assert (weights[2] == 0).all()
 
     def test_who_is_not_in_an_image_disagrees_with_nobody_there(self):
         eps, eps_base = things(rows=2)
@@ -184,8 +220,9 @@ class TestWeights:
         chosen |= {"combination": "shares", "rest": True, "relativity": 1.0}
         place = data.draw(st.one_of(st.none(), places(n)))
         share = data.draw(st.one_of(st.none(), shares(n)))
-        kept = data.draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows)))
-        predictions = replace(step(n, rows, seed, size=(12, 8)), kept=torch.tensor(kept) if any(kept) else None)
+        kept = torch.tensor(data.draw(st.lists(st.booleans(), min_size=n * len(rows), max_size=n * len(rows))))
+        kept = kept.view(n, len(rows)) if kept.any() else None
+        predictions = replace(step(n, rows, seed, size=(12, 8)), kept=kept)
         quiet = 0.05 + (torch.rand(n, 1, 1, 12, 8, generator=generator(seed)) > 0.8).float()
         eps = predictions.eps_base + quiet * (predictions.eps - predictions.eps_base)
         cond = predictions.host_cond + predictions.gain * (eps - predictions.eps_base)

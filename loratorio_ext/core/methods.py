@@ -21,7 +21,7 @@ from loratorio_ext.core.composition import (
 from loratorio_ext.core.gates import gates
 from loratorio_ext.core.patches import DIVERGENCE, patch_mean, upsample_weights
 from loratorio_ext.core.regions import at_least_typical, log_neighbourhood, typical
-from loratorio_ext.core.rest import base_claim, of_rest
+from loratorio_ext.core.rest import at_least_rest, base_claim, members_of, of_rest
 from loratorio_ext.core.selection import top_k_mask
 
 
@@ -60,7 +60,7 @@ class Predictions:
     members may act; None: everywhere.
     ``share [M]``, above 0: a factor on each member's claim; None: 1 for all.
     ``rest [R]``: of which rows the host's own pass knows the surroundings, and is at home where no member clearly is;
-    ``kept [R]``: of which one of the members is at home there, however little it diverges; None: of none.
+    ``kept [M, R]``: of which each of the plan's members is at home there, however little it diverges; None: of none.
     """
 
     host_cond: Tensor
@@ -222,7 +222,7 @@ class LoRAtorio:
 
         In full in rows of ``rest``, where its pass knows the surroundings. In others as far as the LoRAs disagree and
         none is at home in most of the image (`base_claim`), but where that is known by other means: somebody has a
-        place, or somebody keeps the rest (``kept``).
+        place, or somebody keeps the rest (``kept [N, R]``).
         """
         if not self.leaves_rest(len(eps)):
             return None if rest is None else rest.float()
@@ -230,7 +230,7 @@ class LoRAtorio:
         if place is not None:
             claim = claim * whole(by_row(place))
         if kept is not None:
-            claim = claim.masked_fill(kept, 0)
+            claim = claim.masked_fill(kept.any(dim=0), 0)
         return claim if rest is None else claim.masked_fill(rest, 1)
 
     def weights(
@@ -256,7 +256,8 @@ class LoRAtorio:
 
         Where the base model competes, too (`claim_of_base`), it does in every patch alike (`of_rest`), and what it wins
         the weights lack. It has a part in the temperature where its pass knows the surroundings. Gates need no such
-        rival: who fades leaves the base model's prediction.
+        rival: who fades leaves the base model's prediction. Where a LoRA keeps the rest, ``kept [N, R]``, it competes
+        by no less than that (`at_least_rest`).
         """
         prior = self.prior(place)
         choosing = chosen is None and self.chooses(len(eps), prior)
@@ -266,6 +267,9 @@ class LoRAtorio:
             relative = relative_divergence(divergence, self.relativity) if relative is None else relative
         if self.combination == "gates":
             return gates(relative, self.sharpness, chosen, prior, share)
+        if kept is not None and self.leaves_rest(len(eps)):
+            kept = kept & members_of(relative, chosen)
+            relative = at_least_rest(relative, kept, chosen)
         log_claim = torch.zeros_like(relative)
         if share is not None:
             log_claim = log_claim + share.float().log().view(-1, 1, 1, 1)

@@ -46,10 +46,9 @@ class Reselection:
         if self.chosen is None:
             self.chosen = self.method.select(predictions)
         group = list(self.group)
-        place, share = (None if each is None else each[group] for each in (predictions.place, predictions.share))
-        composed = self.method.combine(
-            replace(predictions, chosen=self.chosen[group], among=self.group, place=place, share=share)
-        )
+        of_members = {name: getattr(predictions, name) for name in ("place", "share", "kept")}
+        of_group = {name: None if each is None else each[group] for name, each in of_members.items()}
+        composed = self.method.combine(replace(predictions, chosen=self.chosen[group], among=self.group, **of_group))
         weights = torch.zeros_like(self.chosen, dtype=composed.weights.dtype)
         weights[group] = composed.weights
         return replace(composed, weights=weights)

@@ -33,6 +33,12 @@ def of_rest(relative: Tensor, chosen: Tensor | None = None) -> Tensor:
     return (REST * means.amax(dim=0, keepdim=True)).expand_as(relative[:1])
 
 
+def at_least_rest(relative: Tensor, kept: Tensor, chosen: Tensor | None = None) -> Tensor:
+    """Relative divergences ``[N, R, h, w]``, of who keeps the rest, ``kept [N, R]``, none below what the base model's
+    pass would compete by (`of_rest`): others must clearly diverge to be at home in its image."""
+    return torch.where(kept[..., None, None], torch.maximum(relative, of_rest(relative, chosen)), relative)
+
+
 def disagreement(eps: Tensor, eps_base: Tensor, members: Tensor) -> Tensor:
     """How much of what LoRAs change is not common to them, ``[R]`` in [0, 1]: 0 for one LoRA and for copies of it, 1
     for changes that have nothing to do with one another. Of ``eps [N, R, C, H, W]``, ``eps_base [R, C, H, W]`` and the

@@ -77,10 +77,17 @@ class Contract:
         """The extension's image, with its options by name."""
         return self.generate(payload, {"LoRAtorio": {"args": [{"enabled": True, **(options or {})}]}})
 
-    def brute_force(self, options: dict | None = None, in_every_pass: Sequence[str] = (), **payload):
-        """The reference's image for the same options; these LoRAs are in every pass, and the rest is theirs."""
+    def brute_force(
+        self,
+        options: dict | None = None,
+        in_every_pass: Sequence[str] = (),
+        keeping: Sequence[str] = (),
+        **payload,
+    ):
+        """The reference's image for the same options. Some LoRAs are in every pass, and the rest is theirs; or it is
+        that of some which are ``keeping`` it."""
         settings = asdict(Settings.from_mapping({"enabled": True, **(options or {})}))
-        settings["in_every_pass"] = list(in_every_pass)
+        settings |= {"in_every_pass": list(in_every_pass), "keeping": list(keeping)}
         return self.generate(payload, {"LoRAtorio reference": {"args": [settings]}})
 
     def assert_composes(

@@ -52,11 +52,30 @@ def test_what_knows_no_rest(contract, options):
 
 @pytest.mark.parametrize("words", ["oil style", "skyline town"])
 def test_a_known_style_or_background_that_competes_keeps_it(contract, words):
+    """It is at home there, though it diverges no more than others."""
+    options = {**PER_PIXEL, "styles": "compete"}
     prompt = TWO.replace("<lora:lora:1>", f"<lora:lora:1:words={words}>")
-    kept, left = (contract.composed({**PER_PIXEL, "styles": "compete"}, prompt=each) for each in (prompt, TWO))
-    shared_out = contract.composed({**SHARED_OUT, "styles": "compete"}, prompt=prompt)
-    assert largest(kept.images, shared_out.images) <= TOLERANCE
-    assert mean(kept.images, left.images) > 0.5
+    kept, left = (contract.composed(options, prompt=each) for each in (prompt, TWO))
+    reference = contract.brute_force(options, keeping=["lora"], prompt=TWO)
+    contract.largest_difference = largest(kept.images, reference.images)
+    assert contract.largest_difference <= TOLERANCE
+    shared_out = contract.composed({**options, "rest": False}, prompt=prompt)
+    for others in (left, shared_out):
+        assert mean(kept.images, others.images) > 0.5
+
+
+@pytest.mark.parametrize("request_", REQUESTS.values(), ids=REQUESTS)
+def test_a_background_beside_a_style_in_every_pass_keeps_it(contract, request_):
+    def asking(style="", background=""):
+        tags = f"<lora:rank_16_half:0.6{style}> <lora:dora:0.6{background}>"
+        return {**request_, "prompt": f"{tags} {request_['prompt']}"}
+
+    told = asking(":words=oil style", ":words=skyline town")
+    kept, shared_out = (contract.composed(options, **told) for options in (PER_PIXEL, SHARED_OUT))
+    reference = contract.brute_force(PER_PIXEL, in_every_pass=["rank_16_half"], keeping=["dora"], **asking())
+    contract.largest_difference = largest(kept.images, reference.images)
+    assert contract.largest_difference <= TOLERANCE
+    assert mean(kept.images, shared_out.images) > 0.5
 
 
 @pytest.mark.parametrize("part", ["at=left", "at=0-0-1-1", "steps=0-0.5"])

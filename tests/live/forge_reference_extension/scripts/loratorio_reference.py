@@ -178,12 +178,11 @@ class Run:
         model = p.sd_model
         active = active_loras(model)
         active |= pool(options, active)
-        named = options.get("in_every_pass", [])
+        named, keeping = options.get("in_every_pass", []), options.get("keeping", [])
         self.around = {file: each for file, each in active.items() if Path(file).stem in named}
-        base, *loaded = [
-            load(model, self.around | lora)
-            for lora in ({}, *({file: active[file]} for file in active if file not in self.around))
-        ]
+        others = [file for file in active if file not in self.around]
+        self.keeps = [Path(file).stem in keeping for file in others]
+        base, *loaded = [load(model, self.around | lora) for lora in ({}, *({file: active[file]} for file in others))]
         self.base_patches, self.base_text = patches_of(base[0]), encode(p, base[1])
         self.patches = [patches_of(unet) for unet, _ in loaded]
         self.texts = [encode(p, clip) for _, clip in loaded]
@@ -256,7 +255,9 @@ class Run:
         left = None if self.selection.anew else mask
         relative = self.momentum(eps, eps_base, self.options, mask=left)
         step = (eps, eps_base, conds, unconds, base_uncond)
-        more = {"base_cond": base_cond, "relative": relative, "rest": bool(self.around)}
+        kept = [[keeps] * len(image_of_row) for keeps in self.keeps] if any(self.keeps) else None
+        rest = bool(self.around) and kept is None
+        more = {"base_cond": base_cond, "relative": relative, "rest": rest, "kept": kept}
         cond, uncond, _ = oracle.loratorio(*step, image_of_row, self.options, mask, **more)
         return layout, cond, uncond
 

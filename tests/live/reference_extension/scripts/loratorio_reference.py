@@ -2,7 +2,8 @@
 loaded by the host's own ``load_networks`` in every step, and the mathematics is the oracle's.
 
 Its one argument is a dict of all of LoRAtorio's options, or None to do nothing. Beside them, ``in_every_pass`` may name
-LoRAs of the prompt that are loaded in every pass, and to which what nobody is clearly at home in is left.
+LoRAs of the prompt that are loaded in every pass, and to which what nobody is clearly at home in is left; but if some
+of the others are named in ``keeping``, to these.
 """
 
 import fnmatch
@@ -27,6 +28,7 @@ class Run:
     options = None
     active = []
     around = []
+    keeping = []
     loras = []
     texts = {}
     reuse = None
@@ -173,7 +175,9 @@ def after_unet(result):
         left = None if run.selection.anew else mask
         relative = run.momentum(eps, eps_base, options, members, mask=left)
         step = (eps, eps_base, conds_of, unconds_of, base_uncond)
-        more = {"base_cond": base_cond, "relative": relative, "rest": bool(run.around)}
+        kept = [[run.loras[i][0] in run.keeping] * conds for i in members] if run.keeping else None
+        rest = bool(run.around) and kept is None
+        more = {"base_cond": base_cond, "relative": relative, "rest": rest, "kept": kept}
         cond, uncond, _ = oracle.loratorio(*step, image_of_row, options, mask, **more)
     result.x[:conds] = torch.from_numpy(cond).to(result.x)
     if skip:
@@ -201,7 +205,7 @@ class ReferenceScript(scripts.Script):
             return
         active = {each.name: each for each in networks().loaded_networks}.values()
         run.active = [(each.name, each.te_multiplier, each.unet_multiplier, each.dyn_dim) for each in active]
-        around = options.get("in_every_pass", [])
+        around, run.keeping = options.get("in_every_pass", []), options.get("keeping", [])
         run.around = [each for each in run.active if each[0] in around]
         run.loras = [each for each in run.active if each[0] not in around] + pool(options, run.active)
         if not run.loras:
