@@ -23,13 +23,13 @@ from benchmarks.statistics import (
     share_present,
     share_shown,
 )
-from benchmarks.variants import PAPER, variant_name
+from benchmarks.variants import MERGE, PAPER, variant_name
 
 matplotlib.use("Agg")
 
 Rows = Sequence[Mapping[str, Any]]
 
-PAPER_NAME, SHIPPED_NAME = variant_name(PAPER), variant_name({})
+MERGE_NAME, PAPER_NAME, SHIPPED_NAME = variant_name(MERGE), variant_name(PAPER), variant_name({})
 
 
 def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:

@@ -10,7 +10,7 @@ DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent))
 
 from benchmarks.evaluate import RESULTS, read_rows  # noqa: E402
-from benchmarks.report import SHIPPED_NAME, difference_table, overview_table, price_table  # noqa: E402
+from benchmarks.report import MERGE_NAME, SHIPPED_NAME, difference_table, overview_table, price_table  # noqa: E402
 from benchmarks.statistics import painted_in_every_way  # noqa: E402
 from loratorio_ext.preview import BY_PRESETS, preset_values  # noqa: E402
 from loratorio_ext.settings import OPTIONS, PRESETS, Claims, Lines, Option  # noqa: E402
@@ -64,7 +64,14 @@ def against_defaults() -> str:
 
 
 def others() -> str:
-    return overview_table(rows_of("others", "soup"))
+    return overview_table(rows_of("others"))
+
+
+def soup() -> str:
+    """Soups beside merged LoRAs and the defaults, on the images that soups were made for."""
+    beside = (MERGE_NAME, SHIPPED_NAME)
+    ways = beside + tuple({row["variant"] for row in read_rows(RESULTS / "soup.jsonl")})
+    return overview_table([row for row in rows_of("others", "soup") if row["variant"] in ways])
 
 
 def sweep() -> str:
@@ -102,6 +109,7 @@ PAGES = {
         "sweep": sweep,
         "against each option": against_each_option,
         "others": others,
+        "soup": soup,
         "price": price,
         "pool": pool,
     },
