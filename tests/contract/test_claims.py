@@ -120,8 +120,9 @@ def test_a_style_is_in_every_pass_as_if_its_tag_said_so(contract):
     by_words, by_tag = (contract.composed(styles, prompt=prompt(part)) for part in ("words=oil style", "base=1"))
     assert same(by_words, by_tag)
     assert "rank_16_half is a style" in by_words.infotext
-    competing = contract.composed({"styles": "compete"}, prompt=prompt("words=oil style"))
-    assert same(competing, contract.composed(prompt=prompt("share=1")))
+    shared_out = {"styles": "compete", "rest": False}
+    competing = contract.composed(shared_out, prompt=prompt("words=oil style"))
+    assert same(competing, contract.composed(shared_out, prompt=prompt("share=1")))
     assert mean(by_words.images, competing.images) > 0.5
 
 
