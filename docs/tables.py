@@ -69,8 +69,7 @@ def others() -> str:
 
 def soup() -> str:
     """Soups beside merged LoRAs and the defaults, on the images that soups were made for."""
-    beside = (MERGE_NAME, SHIPPED_NAME)
-    ways = beside + tuple({row["variant"] for row in read_rows(RESULTS / "soup.jsonl")})
+    ways = {MERGE_NAME, SHIPPED_NAME} | {row["variant"] for row in read_rows(RESULTS / "soup.jsonl")}
     return overview_table([row for row in rows_of("others", "soup") if row["variant"] in ways])
 
 

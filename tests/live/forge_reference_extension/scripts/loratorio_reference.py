@@ -3,7 +3,8 @@ call of its own, made with each LoRA's weights in turn, which the host's own ari
 mathematics is the oracle's.
 
 Its one argument is a dict of all of LoRAtorio's options, or None to do nothing. Beside them, ``in_every_pass`` may name
-LoRAs of the prompt that are loaded in every pass, and to which what nobody is clearly at home in is left.
+LoRAs of the prompt that are loaded in every pass, and to which what nobody is clearly at home in is left; but if some
+of the others are named in ``keeping``, to these.
 """
 
 import ast
