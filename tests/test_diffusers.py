@@ -416,6 +416,15 @@ class TestClaimsAgainstPeft:
         assert relative_error(actual, expected) < 1e-4
         assert relative_error(generate(pipe, [lora], method=method, **options), expected) > 0.01
 
+    @pytest.mark.parametrize("window", [{"start": 0.5}, {"end": 0.5}], ids=str)
+    def test_a_lora_of_the_pool_in_every_pass_is_in_merged_steps_too(self, pipes, files, window):
+        pipe = pipes["sd1"]
+        first, second, other = loras_of(pipe, files["sd1"])
+        options = {"everywhere": [other.name], **window}
+        expected = generate(pipe, [first, second, other], **options)
+        assert torch.equal(generate(pipe, [first, second, replace(other, pooled=True)], **options), expected)
+        assert not torch.equal(generate(pipe, [first, second], **window), expected)
+
     @pytest.mark.parametrize("method", ["loratorio", "composite", "switch", "merge"])
     def test_all_in_every_pass_are_just_merged(self, pipes, files, method):
         pipe = pipes["sd1"]

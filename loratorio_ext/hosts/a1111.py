@@ -76,6 +76,7 @@ from loratorio_ext.hosts.webui import (
     unless_stopped,
 )
 from loratorio_ext.hosts.webui_texts import (
+    HOST,
     Affix,
     as_condition,
     is_finite_text,
@@ -210,7 +211,8 @@ def answered(model: nn.Module, answer: Callable[..., Tensor]) -> Iterator[None]:
 class A1111Sampling:
     """Composition in one sampling pass.
 
-    Wherever a LoRA's index is asked for, `Plan.BASE` stands for none of them and `Plan.MERGED` for all at once.
+    Wherever a LoRA's index is asked for, `Plan.BASE` stands for none of them, `Plan.MERGED` for all of the prompt's at
+    once, and `HOST` for what the host encodes by itself.
     """
 
     def __init__(
@@ -240,6 +242,11 @@ class A1111Sampling:
     @property
     def tally(self) -> Tally:
         return self.isolated.tally
+
+    @property
+    def pooled_in_every_pass(self) -> list[Any]:
+        """Those that are in every pass and that the host has not loaded by itself."""
+        return [lora for lora in self.everywhere if lora not in self.networks.loaded_networks]
 
     def close(self) -> None:
         self.step.close()
@@ -293,8 +300,8 @@ class A1111Sampling:
         return IsolatedCalls(self.isolation, min(limits, default=None), CudaMemory.of(devices.device))
 
     def encode_all(self) -> tuple[list[Any], list[bool]]:
-        """The prompts' schedules of conditionings: each LoRA's, then the host's own (`Plan.MERGED`), and last the bare
-        model's (`Plan.BASE`); and which LoRAs change the bare model's."""
+        """The prompts' schedules of conditionings: each LoRA's, then the host's own (`HOST`), that of a merged step
+        (`Plan.MERGED`), and last the bare model's (`Plan.BASE`); and which LoRAs change the bare model's."""
         base = self.encode(self.everywhere)
         alone = [
             self.encode([*self.everywhere, *[lora] * how_often(self.networks, lora)])
@@ -308,9 +315,11 @@ class A1111Sampling:
         active = list(self.networks.loaded_networks)
         audible = [lora for lora in active if speaks_to_text_encoder(lora)] or [None]
         known = dict(zip(self.loras, alone))
-        merged = self.encode(active) if len(audible) > 1 or self.everywhere else known.get(audible[0], base)
+        hosts = self.encode(active) if len(audible) > 1 or self.everywhere else known.get(audible[0], base)
+        pooled = any(map(speaks_to_text_encoder, self.pooled_in_every_pass))
+        merged = self.encode([*active, *self.pooled_in_every_pass]) if pooled else hosts
         speaks = [text is not base and not all(map(same_text, text, base)) for text in alone]
-        return [*alone, merged, base], speaks
+        return [*alone, hosts, merged, base], speaks
 
     def encode(self, active: Sequence[Any]) -> tuple[Any, Any]:
         """Schedules of conditionings, positive and negative, with just the LoRAs ``active``."""
@@ -336,6 +345,7 @@ class A1111Sampling:
             self.plan = plan_step(self.generation, self.method, denoiser, self.claims, acting)
             self.tell_progress(acting)
             if self.plan.host == Plan.MERGED:
+                self.merge(params)
                 return
             check_texts(self.generation, self.speaks)
             self.meet_company()
@@ -345,6 +355,12 @@ class A1111Sampling:
             self.step.enter_context(only(self.networks, self.everywhere))
             self.step.enter_context(undisturbed(self.networks, self.generation.fail))
             self.step.enter_context(answered(denoiser.inner_model, self.answer))
+
+    def merge(self, params: script_callbacks.CFGDenoiserParams) -> None:
+        """Let the host's pass be its own, with the pool's LoRAs that are in every pass."""
+        if pooled := self.pooled_in_every_pass:
+            self.handed_over(params)
+            self.step.enter_context(only(self.networks, [*self.networks.loaded_networks, *pooled]))
 
     def tell_progress(self, acting: Sequence[int]) -> None:
         """A step begins."""
@@ -386,8 +402,8 @@ class A1111Sampling:
     def handed_over(self, params: script_callbacks.CFGDenoiserParams) -> HostPass:
         """Give the host's pass the text of whom the plan asks, with all that other extensions have put around it."""
         denoiser, texts = self.denoiser, {}
-        _, *merged = text_at_step(self.texts[Plan.MERGED], denoiser.step)
-        affixes = [self.affix(*pair) for pair in zip(merged, (params.text_cond, params.text_uncond))]
+        _, *own = text_at_step(self.texts[HOST], denoiser.step)
+        affixes = [self.affix(*pair) for pair in zip(own, (params.text_cond, params.text_uncond))]
         for lora in dict.fromkeys((self.plan.host, *self.plan.isolated)):
             conds_list, *text = text_at_step(self.texts[lora], denoiser.step)
             text = [affix.around(each) for affix, each in zip(affixes, text)]

@@ -74,7 +74,7 @@ from loratorio_ext.hosts.webui import (
     tell_of_none,
     unless_stopped,
 )
-from loratorio_ext.hosts.webui_texts import Affix, is_finite_text, same_text, token_count
+from loratorio_ext.hosts.webui_texts import HOST, Affix, is_finite_text, same_text, token_count
 from loratorio_ext.isolation import ROWS_OF_A_POOL, BatchedCalls, Isolation, Row, Tally
 
 __all__ = ["attended", "check", "clean_up", "forget_conditionings", "interrupt", "open_sampling", "sampled"]
@@ -213,14 +213,14 @@ class ForgeSampling:
         self.backend = backend_of(unet)
         self.backend.check(self.p)
         self.key = (model, *loras, *everywhere)
-        self.base = generation.once(("base", model, *everywhere), lambda: self.load_everywhere(model, everywhere))
-        loaded = generation.once(("loras", *self.key), lambda: self.load(model, loras))
+        self.base = self.having(model, everywhere)
+        loaded = generation.once(("loras", *self.key), lambda: self.load(model, loras, everywhere))
         of = {lora.file: claim for lora, claim in zip(loras, claims)}
         self.loras = loaded
         self.claims = [of[each.lora.file] for each in loaded]
         # Made once for all batches that share them; and a host may announce a hires pass more than once.
         self.texts, self.speaks = generation.once(
-            ("texts", *self.key, *prompts_of_pass(self.p)), lambda: self.encode_all(model)
+            ("texts", *self.key, *prompts_of_pass(self.p)), lambda: self.encode_all(model, everywhere)
         )
         host, original = Patched.by_the_host(model), Patched.original(model)
         self.backend.strip(unet, host.unet, original.unet, self.base.unet)
@@ -277,15 +277,20 @@ class ForgeSampling:
 
     # --- before sampling ---
 
-    def load_everywhere(self, model: Any, everywhere: Sequence[Lora]) -> Patched:
-        """The model with the LoRAs that are in every pass."""
-        base = Patched.original(model)
-        for lora in everywhere:
-            base = base.having(lora, self.networks, self.backend)
-        return base
+    def having(self, model: Any, loras: Sequence[Lora]) -> Patched:
+        """The model with LoRAs that are in every pass."""
 
-    def load(self, model: Any, loras: Sequence[Lora]) -> list[LoadedLora]:
-        """The LoRAs, each by itself; those of the pool that cannot take part are left out, and why is noted."""
+        def loaded() -> Patched:
+            patched = Patched.original(model)
+            for lora in loras:
+                patched = patched.having(lora, self.networks, self.backend)
+            return patched
+
+        return self.generation.once(("base", model, *loras), loaded)
+
+    def load(self, model: Any, loras: Sequence[Lora], everywhere: Sequence[Lora]) -> list[LoadedLora]:
+        """The LoRAs, each by itself beside those that are in every pass; those of the pool that cannot take part are
+        left out, and why is noted."""
         loaded = []
         for lora, name in zip(loras, labels(loras)):
             stop_where_asked()
@@ -305,20 +310,26 @@ class ForgeSampling:
             loaded.append(each)
         POOL_FILES.keep_used()
         of_the_prompt = [each for each in loaded if not each.lora.pooled]
-        held = at_present_strengths(of_the_prompt, self.base, model, self.backend)
+        by_the_host = self.having(model, [lora for lora in everywhere if not lora.pooled])
+        held = at_present_strengths(of_the_prompt, by_the_host, model, self.backend)
         return [*held, *(each for each in loaded if each.lora.pooled)]
 
-    def encode_all(self, model: Any) -> tuple[list[Any], list[bool]]:
-        """Schedules of conditionings, positive and negative: each LoRA's, then the host's own (`Plan.MERGED`), and last
-        the base's (`Plan.BASE`); and which LoRAs change the base's.
+    def encode_all(self, model: Any, everywhere: Sequence[Lora]) -> tuple[list[Any], list[bool]]:
+        """Schedules of conditionings, positive and negative: each LoRA's, then the host's own (`HOST`), that of a
+        merged step (`Plan.MERGED`), and last the base's (`Plan.BASE`); and which LoRAs change the base's.
 
-        None for all of them where no LoRA changes the text encoders: then the host's own are everybody's, and nothing
-        is encoded again. (For edit models the images that they refer to are a part of it.)
+        None for all of them where no LoRA changes the text encoders, but those that the host has in them by itself:
+        then the host's own are everybody's, and nothing is encoded again. (For edit models the images that they refer
+        to are a part of it.)
         """
         original, host = Patched.original(model), Patched.by_the_host(model)
+        together = host
+        for lora in everywhere:
+            together = together.having(lora, self.networks, self.backend) if lora.pooled else together
+        unheard = self.backend.patches(together.clip.patcher, host.clip.patcher)
         speaking = [lora for lora in self.loras if lora.clip is not None]
-        if not speaking:
-            return [None] * (len(self.loras) + 2), [False] * len(self.loras)
+        if not speaking and not unheard:
+            return [None] * (len(self.loras) + 3), [False] * len(self.loras)
 
         def encoded(clip: Any) -> tuple[Any, Any]:
             with text_encoder(model, clip):
@@ -329,9 +340,10 @@ class ForgeSampling:
             alone = [base if lora.clip is None else encoded(lora.clip) for lora in self.loras]
             in_prompt = [text for lora, text in zip(self.loras, alone) if lora.clip and not lora.lora.pooled]
             if self.base.clip is original.clip and len(in_prompt) < 2:
-                merged = in_prompt[0] if in_prompt else base
+                hosts = in_prompt[0] if in_prompt else base
             else:
-                merged = encoded(host.clip)
+                hosts = encoded(host.clip)
+            merged = encoded(together.clip) if unheard else hosts
         for index, (lora, text) in enumerate(zip(self.loras, alone)):
             if text is base or is_finite_text(text):
                 continue
@@ -339,7 +351,7 @@ class ForgeSampling:
                 raise not_finite(lora)
             alone[index] = base  # its other half is refused, or left out, when the branches are made
         speaks = [text is not base and not all(map(same_text, text, base)) for text in alone]
-        return [*alone, merged, base], speaks
+        return [*alone, hosts, merged, base], speaks
 
     # --- while sampling ---
 
@@ -407,19 +419,21 @@ class ForgeSampling:
         if self.company:
             self.generation.note(f"beside {self.company} one LoRA after the other was evaluated, which takes longer")
         self.text: dict[int, list[Any]] = {}
-        if self.texts[Plan.MERGED] is None:
+        if self.texts[HOST] is None:
             return
         given = [text_in(entry) for entry in step.entries]
-        merged = text_at_step(self.texts[Plan.MERGED], number)
+        hosts = text_at_step(self.texts[HOST], number)
         try:
-            affixes = [Affix.between(self.comparable(own, other), other) for own, other in zip(merged, given)]
+            affixes = [Affix.between(self.comparable(own, other), other) for own, other in zip(hosts, given)]
         except ValueError as error:
             suspects = named(dict.fromkeys([*self.company.names, *callers_of("cfg_denoiser")]))
             raise UnsupportedError(
                 f"LoRAtorio: {suspects} changes the prompt's conditioning while the image is made, and what it would "
                 "make of a single LoRA's is not known; switch it off, or LoRAtorio"
             ) from error
-        for index in (*range(len(self.loras)), Plan.BASE):
+        others = [*range(len(self.loras)), Plan.BASE]
+        others += [Plan.MERGED] if self.texts[Plan.MERGED] is not self.texts[HOST] else []
+        for index in others:
             texts = text_at_step(self.texts[index], number)
             self.text[index] = [affix.around(text) for affix, text in zip(affixes, texts)]
 

@@ -149,8 +149,8 @@ def load(lora: Lora, name: str, base: Patched, networks: ModuleType, backend: Ba
 def at_present_strengths(
     loaded: Sequence[LoadedLora], everywhere: Patched, model: Any, backend: Backend
 ) -> list[LoadedLora]:
-    """The prompt's LoRAs with the host's own patches of the UNet; raises `UnsupportedError` where others have changed
-    more than can be told apart."""
+    """The prompt's LoRAs with the host's own patches of the UNet, those of the prompt that are in every pass being in
+    ``everywhere``; raises `UnsupportedError` where others have changed more than can be told apart."""
     original, host = Patched.original(model), Patched.by_the_host(model)
     in_every_pass = backend.patches(everywhere.unet, original.unet)
     held = backend.patches(host.unet, original.unet)

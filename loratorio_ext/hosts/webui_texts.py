@@ -8,6 +8,10 @@ import torch
 from modules import prompt_parser, shared
 from torch import Tensor
 
+HOST = -3
+"""The index of the host's own conditionings, of the prompt's LoRAs, among those of all LoRAs. (Those that follow are
+for `Plan.MERGED`, where a pool's LoRAs that are in every pass act, too, and for `Plan.BASE`.)"""
+
 EDITED = 0.01
 """Two encodings of one prompt that differ by more than this share of their length were not made of the same words."""
 

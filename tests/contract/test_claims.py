@@ -155,9 +155,18 @@ def test_loras_in_every_pass_alone_are_the_hosts_image(contract):
     assert "LoRAtorio note: " in composed.infotext
 
 
-def test_a_lora_of_the_pool_in_every_pass(contract):
-    pooled = contract.composed({"pool": ["unet_only:0.6"], "everywhere": ["unet_only"]}, prompt=TWO)
-    assert same(pooled, contract.composed(prompt=f"{TWO} <lora:unet_only:0.6:base=1>"), TOLERANCE)
+@pytest.mark.parametrize("name", ["unet_only", "lora_peft"], ids=["not in the text", "in the text"])
+@pytest.mark.parametrize(
+    "options", [{}, {"start": 0.4}, {"end": 0.6}], ids=["composed", "merged before", "merged after"]
+)
+@pytest.mark.parametrize(
+    "prompt",
+    [TWO, f"{TWO} <lora:dora:0.7:base=1>", f"{CAT} <lora:cross_attention:1> <lora:down_blocks:1>"],
+    ids=["two", "beside the prompt's", "others not in the text"],
+)
+def test_a_lora_of_the_pool_in_every_pass(contract, prompt, options, name):
+    pooled = contract.composed({"pool": [f"{name}:0.6"], "everywhere": [name], **options}, prompt=prompt)
+    assert same(pooled, contract.composed(options, prompt=f"{prompt} <lora:{name}:0.6:base=1>"), TOLERANCE)
 
 
 BAD = {
