@@ -495,7 +495,9 @@ def in_bfloat16(pipe):
 class TestSavingMemory:
     @pytest.mark.parametrize("name", ["flux-dev", "z-image"])
     @pytest.mark.parametrize(
-        "save, tolerance", [(group_offloaded, 1e-4), (stored_in_float8, 1e-4), (in_bfloat16, 0.02)], ids=str
+        "save, tolerance",
+        [(group_offloaded, 1e-4), (stored_in_float8, 1e-4), (in_bfloat16, 0.02)],
+        ids=["group_offloaded", "stored_in_float8", "in_bfloat16"],
     )
     def test_copies_of_one_lora_compose_to_it(self, files, name, save, tolerance):
         pipe = make_pipeline(name)

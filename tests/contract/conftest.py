@@ -1,13 +1,14 @@
 """The contract suite's hosts: a double everywhere, and a real WebUI where one is installed."""
 
 from collections import defaultdict
+from itertools import chain
 
 import pytest
 
 from tests.contract.rows import Contract
 
-largest_differences: dict[str, dict[str, int]] = defaultdict(dict)
-
+LARGEST = "largest difference"
+"""The property of a test's report, which comes from whatever process ran it, that holds the host and the difference."""
 
 LIVE = [pytest.param(host, marks=pytest.mark.live) for host in ("a1111", "forge", "reforge", "neo")]
 
@@ -37,17 +38,23 @@ def webui(request, tmp_path_factory):
 
 
 @pytest.fixture
-def contract(webui, request) -> Contract:
+def contract(webui, request, record_property) -> Contract:
     """The host under test, with what the contract asks of it."""
     host = request.node.callspec.params["webui"]
     yield (contract := Contract(webui, host))
     if contract.largest_difference is not None:
-        largest_differences[host][request.node.name] = contract.largest_difference
+        record_property(LARGEST, (host, request.node.name, contract.largest_difference))
 
 
 def pytest_terminal_summary(terminalreporter):
     """For every host and row the largest pixel difference to the brute-force reference, in grey levels of 255."""
-    for host, rows in largest_differences.items():
+    found = defaultdict(dict)
+    for report in chain.from_iterable(terminalreporter.stats.values()):
+        for name, value in getattr(report, "user_properties", ()):
+            if name == LARGEST:
+                host, row, difference = value
+                found[host][row] = difference
+    for host, rows in found.items():
         terminalreporter.section(f"largest difference to brute force on {host}")
         for name, difference in rows.items():
             terminalreporter.line(f"{difference:4d}  {name}")
