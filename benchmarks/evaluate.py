@@ -7,6 +7,7 @@
     ./dev evaluate --suite sweep                # the defaults with one option otherwise, on the same half
     ./dev evaluate --suite sweep --variants "p 2"   # some of these
     ./dev evaluate --suite confirm              # the defaults, between Merge and the ceiling, on the other half
+    ./dev evaluate --suite five                 # the defaults and finer patches with five LoRAs, likewise
     ./dev evaluate --suite others               # other methods, baselines and turbo modes, likewise
     ./dev evaluate --suite soup                 # a baseline that learns for each of them
     ./dev evaluate --suite pool                 # all LoRAs loaded, one to three of them named
@@ -43,6 +44,7 @@ from benchmarks.variants import (
     BOUNDS,
     CONFIRM,
     EVERYWHERE,
+    FIVE,
     METHODS,
     OTHERS,
     POOL,
@@ -81,6 +83,7 @@ SUITES = {
     "ceiling": Suite("choose", BOUNDS, images=4, groups=NAMED, wanted=96),
     "sweep": Suite("choose", SWEEP, images=2, groups=NAMED),
     "confirm": Suite("confirm", CONFIRM, images=2, groups=NAMED, wanted=200),
+    "five": Suite("confirm", FIVE, images=6, groups=("5",), wanted=48),
     "others": Suite("confirm", (*METHODS, *OTHERS, *TURBO), images=2),
     "soup": Suite("confirm", SOUP, images=2),
     "pool": Suite("confirm", POOL, images=2, groups=("1", "1+6", "2", "2+5", "3", "3+4")),

@@ -26,6 +26,8 @@ METHODS = (MERGE, SWITCH, COMPOSITE, PAPER, {})
 OTHERS = ({BASELINE: "cmlora"}, *({BASELINE: "concatenated", "power": power} for power in (0.5, 1.0)))
 SOUP = ({BASELINE: "soup", "steps": 60},)
 """Learns for every combination, which takes longer than painting it."""
+FINER = {"patch_size": 2}
+"""Patches of a sixteenth of the tiny world's side, as the defaults' are at 512 pixels."""
 POOL = (
     MERGE,
     PAPER,
@@ -60,6 +62,8 @@ BOUNDS = (TRUTH, *CEILINGS, MERGE, {})
 CONFIRM = (TRUTH, REACHED, MERGE, PAPER, {})
 """What is confirmed, in as many images as can be: the defaults, between what a host does and what perfect information
 reaches."""
+FIVE = (REACHED, FINER, {})
+"""What is confirmed of five LoRAs, which make few combinations."""
 SWEEP = (
     REACHED,
     {},

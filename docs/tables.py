@@ -63,6 +63,15 @@ def against_defaults() -> str:
     return difference_table(rows_of("confirm"), SHIPPED_NAME)
 
 
+def five() -> str:
+    """Five LoRAs on the confirming half, in more images."""
+    return overview_table(rows_of("five"))
+
+
+def against_defaults_with_five() -> str:
+    return difference_table(rows_of("five"), SHIPPED_NAME)
+
+
 def others() -> str:
     return overview_table(rows_of("others"))
 
@@ -104,6 +113,8 @@ PAGES = {
         "ceiling": ceiling,
         "confirm": confirm,
         "against the defaults": against_defaults,
+        "five": five,
+        "against the defaults with five": against_defaults_with_five,
         "with a style": with_a_style,
         "sweep": sweep,
         "against each option": against_each_option,
