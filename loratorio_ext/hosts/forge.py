@@ -324,8 +324,8 @@ class ForgeSampling:
         """
         original, host = Patched.original(model), Patched.by_the_host(model)
         together = host
-        for lora in everywhere:
-            together = together.having(lora, self.networks, self.backend) if lora.pooled else together
+        for lora in (each for each in everywhere if each.pooled):
+            together = together.having(lora, self.networks, self.backend)
         unheard = self.backend.patches(together.clip.patcher, host.clip.patcher)
         speaking = [lora for lora in self.loras if lora.clip is not None]
         if not speaking and not unheard:
