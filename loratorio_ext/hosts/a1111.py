@@ -316,8 +316,8 @@ class A1111Sampling:
         audible = [lora for lora in active if speaks_to_text_encoder(lora)] or [None]
         known = dict(zip(self.loras, alone))
         hosts = self.encode(active) if len(audible) > 1 or self.everywhere else known.get(audible[0], base)
-        pooled = any(map(speaks_to_text_encoder, self.pooled_in_every_pass))
-        merged = self.encode([*active, *self.pooled_in_every_pass]) if pooled else hosts
+        pooled = self.pooled_in_every_pass
+        merged = self.encode([*active, *pooled]) if any(map(speaks_to_text_encoder, pooled)) else hosts
         speaks = [text is not base and not all(map(same_text, text, base)) for text in alone]
         return [*alone, hosts, merged, base], speaks
 
@@ -358,8 +358,9 @@ class A1111Sampling:
 
     def merge(self, params: script_callbacks.CFGDenoiserParams) -> None:
         """Let the host's pass be its own, with the pool's LoRAs that are in every pass."""
-        if pooled := self.pooled_in_every_pass:
+        if self.texts[Plan.MERGED] is not self.texts[HOST]:
             self.handed_over(params)
+        if pooled := self.pooled_in_every_pass:
             self.step.enter_context(only(self.networks, [*self.networks.loaded_networks, *pooled]))
 
     def tell_progress(self, acting: Sequence[int]) -> None:

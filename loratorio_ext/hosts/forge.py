@@ -200,7 +200,7 @@ class ForgeSampling:
         everywhere: Sequence[Lora],
     ):
         self.generation, self.p, self.networks = generation, generation.p, networks
-        self.settings = generation.settings
+        self.settings, self.everywhere = generation.settings, everywhere
         self.method = method_from(self.settings)
         self.steps = 0
         self.calls: BatchedCalls | None = None
@@ -214,13 +214,13 @@ class ForgeSampling:
         self.backend.check(self.p)
         self.key = (model, *loras, *everywhere)
         self.base = self.having(model, everywhere)
-        loaded = generation.once(("loras", *self.key), lambda: self.load(model, loras, everywhere))
+        loaded = generation.once(("loras", *self.key), lambda: self.load(model, loras))
         of = {lora.file: claim for lora, claim in zip(loras, claims)}
         self.loras = loaded
         self.claims = [of[each.lora.file] for each in loaded]
         # Made once for all batches that share them; and a host may announce a hires pass more than once.
         self.texts, self.speaks = generation.once(
-            ("texts", *self.key, *prompts_of_pass(self.p)), lambda: self.encode_all(model, everywhere)
+            ("texts", *self.key, *prompts_of_pass(self.p)), lambda: self.encode_all(model)
         )
         host, original = Patched.by_the_host(model), Patched.original(model)
         self.backend.strip(unet, host.unet, original.unet, self.base.unet)
@@ -279,16 +279,11 @@ class ForgeSampling:
 
     def having(self, model: Any, loras: Sequence[Lora]) -> Patched:
         """The model with LoRAs that are in every pass."""
+        return self.generation.once(
+            ("base", model, *loras), lambda: Patched.original(model).having(loras, self.networks, self.backend)
+        )
 
-        def loaded() -> Patched:
-            patched = Patched.original(model)
-            for lora in loras:
-                patched = patched.having(lora, self.networks, self.backend)
-            return patched
-
-        return self.generation.once(("base", model, *loras), loaded)
-
-    def load(self, model: Any, loras: Sequence[Lora], everywhere: Sequence[Lora]) -> list[LoadedLora]:
+    def load(self, model: Any, loras: Sequence[Lora]) -> list[LoadedLora]:
         """The LoRAs, each by itself beside those that are in every pass; those of the pool that cannot take part are
         left out, and why is noted."""
         loaded = []
@@ -310,11 +305,11 @@ class ForgeSampling:
             loaded.append(each)
         POOL_FILES.keep_used()
         of_the_prompt = [each for each in loaded if not each.lora.pooled]
-        by_the_host = self.having(model, [lora for lora in everywhere if not lora.pooled])
+        by_the_host = self.having(model, [lora for lora in self.everywhere if not lora.pooled])
         held = at_present_strengths(of_the_prompt, by_the_host, model, self.backend)
         return [*held, *(each for each in loaded if each.lora.pooled)]
 
-    def encode_all(self, model: Any, everywhere: Sequence[Lora]) -> tuple[list[Any], list[bool]]:
+    def encode_all(self, model: Any) -> tuple[list[Any], list[bool]]:
         """Schedules of conditionings, positive and negative: each LoRA's, then the host's own (`HOST`), that of a
         merged step (`Plan.MERGED`), and last the base's (`Plan.BASE`); and which LoRAs change the base's.
 
@@ -323,9 +318,7 @@ class ForgeSampling:
         to are a part of it.)
         """
         original, host = Patched.original(model), Patched.by_the_host(model)
-        together = host
-        for lora in (each for each in everywhere if each.pooled):
-            together = together.having(lora, self.networks, self.backend)
+        together = host.having([lora for lora in self.everywhere if lora.pooled], self.networks, self.backend)
         unheard = self.backend.patches(together.clip.patcher, host.clip.patcher)
         speaking = [lora for lora in self.loras if lora.clip is not None]
         if not speaking and not unheard:

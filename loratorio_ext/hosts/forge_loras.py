@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -107,17 +108,15 @@ class Patched:
         """With the prompt's LoRAs, as the host has loaded them."""
         return cls(model.forge_objects_after_applying_lora.unet, model.forge_objects_after_applying_lora.clip)
 
-    def having(self, lora: Lora, networks: ModuleType, backend: Backend) -> "Patched":
-        """These with one more LoRA; what several multipliers of one come to is up to the host."""
+    def having(self, loras: Sequence[Lora], networks: ModuleType, backend: Backend) -> "Patched":
+        """These with more LoRAs; what several multipliers of one come to is up to the host."""
         unet, clip = self.unet, self.clip
-
-        def read() -> dict:
-            return backend.read(networks, lora.file)
-
-        weights = POOL_FILES.of((lora.file,), read) if lora.pooled else read()
-        for strengths in lora.strengths:
-            own = dict(weights)  # a host renames some in place
-            unet, clip = backend.load(networks, unet, clip, own, strengths, lora.file)
+        for lora in loras:
+            read = partial(backend.read, networks, lora.file)
+            weights = POOL_FILES.of((lora.file,), read) if lora.pooled else read()
+            for strengths in lora.strengths:
+                own = dict(weights)  # a host renames some in place
+                unet, clip = backend.load(networks, unet, clip, own, strengths, lora.file)
         return Patched(unet, clip)
 
 
@@ -140,7 +139,7 @@ class LoadedLora:
 
 def load(lora: Lora, name: str, base: Patched, networks: ModuleType, backend: Backend) -> LoadedLora:
     """A LoRA by itself, on ``base``."""
-    alone = base.having(lora, networks, backend)
+    alone = base.having([lora], networks, backend)
     text = backend.patches(alone.clip.patcher, base.clip.patcher)
     speaks = text and any(of_text for _, of_text in lora.strengths)
     return LoadedLora(lora, name, backend.patches(alone.unet, base.unet), text, alone.clip if speaks else None)
